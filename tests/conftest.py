@@ -1,0 +1,52 @@
+"""Shared by all tests: offline hubs, two threads, real data if it is there, Triton interpreted."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before anything imports transformers or triton.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# The machine that the budget of make test was set on has two cores.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real interactions beside the repository; the test skips where it is not."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data: real interactions are not on this machine")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu skip, with the reason, where torch sees no device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="torch sees no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Where a collected test uses the battery and Triton is interpreted, mend the interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and "slmperf.testing" in sys.modules:
+        from slmperf.testing import interpreter
+
+        interpreter.cure()

@@ -1,0 +1,74 @@
+"""What several kernels share: the machine as a launcher sees it, and steps of an online softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+import triton
+import triton.language as tl
+
+from slmperf import arch
+
+Config = TypeVar("Config")
+
+# Where a maximum starts: a finite number, so that no difference of maxima is inf - inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOG2_E = 1.4426950408889634
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """80 for an A100, 90 for an H100 or H200; 0 for a CPU tensor, which the interpreter runs."""
+    if tensor.device.type != "cuda":
+        return 0
+    major, minor = arch.cuda_capability(tensor.device.index) or (0, 0)
+    return 10 * major + minor
+
+
+def processors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's device; 2 for the interpreter, so that it sees splits too."""
+    if tensor.device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def configured(table: Mapping[tuple[int, int], Config], tensor: torch.Tensor) -> Config:
+    """The entry of a (capability, bytes per element) table for this device: the newest not above it."""
+    here = capability(tensor)
+    known = max(key for key, _ in table if key <= here)
+    return table[known, tensor.element_size()]
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Launch on the tensor's device, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+@triton.jit
+def keep_where(weight, value):
+    """Value, but 0 where the weight is: 0 log 0 = 0, and 0 times an infinity as well."""
+    return tl.where(weight == 0.0, 0.0, value)
+
+
+@triton.jit
+def rescaled_cross(cross, total, factor, shift):
+    """Sum of w x after every x moved by `shift` and every w shrank by `factor`; total is sum w.
+
+    A factor of 0 leaves nothing, of an infinite sum either: a weight that underflows counts as 0.
+    """
+    return tl.where(factor == 0.0, 0.0, factor * (cross + shift * total))
+
+
+@triton.jit
+def expm1_negative(x):
+    """e^x - 1 for x <= 0, accurate where it is near 0: the Taylor series to x^7 above -1/2."""
+    y = 1.0 / 5040.0
+    y = y * x + 1.0 / 720.0
+    y = y * x + 1.0 / 120.0
+    y = y * x + 1.0 / 24.0
+    y = y * x + 1.0 / 6.0
+    y = y * x + 0.5
+    y = y * x + 1.0
+    return tl.where(x > -0.5, y * x, tl.exp(x) - 1.0)

@@ -1,0 +1,266 @@
+"""divergence on GPU: row statistics in the forward, one elementwise pass in the backward.
+
+Formulas: slmperf/ops/divergence.py. A row is cut into SPLITS ranges of the vocabulary, one program each,
+so that few rows still fill the device; a second, tiny kernel joins the ranges in a fixed order (no
+atomics: the same bits from run to run). The KLs come out of that one reading of the logits: beside the
+two online softmaxes runs sum w (x_a - x_b), with x the logits less their model's largest so far and
+w = exp(x_a / temperature). The JSD has to know both log-sums first and reads the logits again.
+
+    bytes per logit (e: bytes of an element)   forward 2e (JSD 4e), backward 3e
+
+All maths is fp32. Statistics per row as in slmperf/ops/divergence.py: (T, 5).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slmperf.triton_kernels.common import (
+    LOG2_E,
+    LOWEST,
+    configured,
+    expm1_negative,
+    keep_where,
+    on_device,
+    processors,
+    rescaled_cross,
+)
+
+# (capability, bytes per element) -> (BLOCK_V, warps). 0 is the interpreter. Chosen so that a thread
+# holds 16 logits of each model in 128-bit loads and nothing spills; not yet tuned on a device.
+CONFIGS = {
+    (0, 2): (64, 4),
+    (0, 4): (64, 4),
+    (80, 2): (4096, 8),
+    (80, 4): (2048, 4),
+    (90, 2): (4096, 8),
+    (90, 4): (2048, 4),
+}
+WAVES = 4  # programs per multiprocessor that the forward aims at before it stops splitting rows
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _load(pointer, tile, V, BLOCK_V: tl.constexpr):
+    """One tile of a row in fp32; minus infinity, of weight 0, beyond the vocabulary."""
+    offsets = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    return tl.load(pointer + offsets, mask=offsets < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _log_probabilities(student, teacher, row_ptr, inverse_temperature):
+    """Log-probabilities of both models under the statistics of their row."""
+    log_q = (student - tl.load(row_ptr)) * inverse_temperature - tl.load(row_ptr + 1)
+    log_p = (teacher - tl.load(row_ptr + 2)) * inverse_temperature - tl.load(row_ptr + 3)
+    return log_q, log_p
+
+
+@triton.jit
+def _to_mixture(log_ratio, beta, rest):
+    """log(p / m) and log(q / m) from l = log q - log p, never from a probability that may underflow.
+
+    m / p = beta + (1 - beta) e^l and m / q = (1 - beta) + beta e^-l; the one whose exponent is not
+    positive is 1 + c (e^-|l| - 1), and the other differs by e^l. Taken as log1p of expm1, its
+    logarithm is accurate near p = q, where both divergences cancel to the second order of l.
+    """
+    c = tl.where(log_ratio > 0.0, beta, rest)
+    least = tl.where(log_ratio > 0.0, rest, beta)
+    x = c * expm1_negative(-tl.abs(log_ratio))
+    # Rounding 1 + x loses x - ((1 + x) - 1), which adds itself to the logarithm near 1.
+    total = tl.maximum(least, 1.0 + x)
+    tail = tl.log(total) + (x - (total - 1.0))
+    return -tl.maximum(log_ratio, 0.0) - tail, -tl.maximum(-log_ratio, 0.0) - tail
+
+
+@triton.jit
+def _softmax_ranges(
+    student_ptr, teacher_ptr, ranges_ptr, V, tiles, stride_s, stride_t, to_base_2,
+    KIND: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Both online softmaxes and the cross sum over one range of one row -> ranges (T, 5, SPLITS)."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    student_ptr += row * stride_s
+    teacher_ptr += row * stride_t
+    s_max, t_max = tl.full([], LOWEST, tl.float32), tl.full([], LOWEST, tl.float32)
+    s_sum = tl.zeros([BLOCK_V], tl.float32)
+    t_sum = tl.zeros([BLOCK_V], tl.float32)
+    cross = tl.zeros([BLOCK_V], tl.float32)
+    for tile in range(split * tiles, (split + 1) * tiles):
+        s, t = _load(student_ptr, tile, V, BLOCK_V), _load(teacher_ptr, tile, V, BLOCK_V)
+        s_top, t_top = tl.maximum(s_max, tl.max(s)), tl.maximum(t_max, tl.max(t))
+        s_shift, t_shift = s_max - s_top, t_max - t_top
+        s_factor, t_factor = tl.exp2(s_shift * to_base_2), tl.exp2(t_shift * to_base_2)
+        s, t = s - s_top, t - t_top
+        s_weight, t_weight = tl.exp2(s * to_base_2), tl.exp2(t * to_base_2)
+        if KIND == "forward_kl":
+            cross = rescaled_cross(cross, t_sum, t_factor, t_shift - s_shift)
+            cross += t_weight * keep_where(t_weight, t - s)
+        if KIND == "reverse_kl":
+            cross = rescaled_cross(cross, s_sum, s_factor, s_shift - t_shift)
+            cross += s_weight * keep_where(s_weight, s - t)
+        s_sum = s_sum * s_factor + s_weight
+        t_sum = t_sum * t_factor + t_weight
+        s_max, t_max = s_top, t_top
+    ranges_ptr += row * (5 * SPLITS) + split
+    tl.store(ranges_ptr, s_max)
+    tl.store(ranges_ptr + SPLITS, tl.sum(s_sum))
+    tl.store(ranges_ptr + 2 * SPLITS, t_max)
+    tl.store(ranges_ptr + 3 * SPLITS, tl.sum(t_sum))
+    tl.store(ranges_ptr + 4 * SPLITS, tl.sum(cross))
+
+
+@triton.jit
+def _join_softmax(
+    ranges_ptr, value_ptr, statistics_ptr, inverse_temperature, to_base_2,
+    KIND: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The ranges of a row -> its statistics, and for the KLs its value."""
+    row = tl.program_id(0).to(tl.int64)
+    split = ranges_ptr + row * (5 * SPLITS) + tl.arange(0, SPLITS)
+    s_max, s_sum = tl.load(split), tl.load(split + SPLITS)
+    t_max, t_sum = tl.load(split + 2 * SPLITS), tl.load(split + 3 * SPLITS)
+    cross = tl.load(split + 4 * SPLITS)
+    s_top, t_top = tl.max(s_max), tl.max(t_max)
+    s_shift, t_shift = s_max - s_top, t_max - t_top
+    s_factor, t_factor = tl.exp2(s_shift * to_base_2), tl.exp2(t_shift * to_base_2)
+    s_total, t_total = tl.sum(s_factor * s_sum), tl.sum(t_factor * t_sum)
+    s_log_sum, t_log_sum = tl.log(s_total), tl.log(t_total)
+    centre = 0.0
+    if KIND == "forward_kl":
+        total = tl.sum(rescaled_cross(cross, t_sum, t_factor, t_shift - s_shift))
+        kl = total / t_total * inverse_temperature + (s_log_sum - t_log_sum)
+        tl.store(value_ptr + row, kl)
+    if KIND == "reverse_kl":
+        total = tl.sum(rescaled_cross(cross, s_sum, s_factor, s_shift - t_shift))
+        centre = total / s_total * inverse_temperature + (t_log_sum - s_log_sum)
+        tl.store(value_ptr + row, centre)
+    statistics_ptr += row * 5
+    tl.store(statistics_ptr, s_top)
+    tl.store(statistics_ptr + 1, s_log_sum)
+    tl.store(statistics_ptr + 2, t_top)
+    tl.store(statistics_ptr + 3, t_log_sum)
+    tl.store(statistics_ptr + 4, centre)
+
+
+@triton.jit
+def _mixture_ranges(
+    student_ptr, teacher_ptr, statistics_ptr, ranges_ptr, V, tiles, stride_s, stride_t,
+    inverse_temperature, beta, rest, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """KL(p || m) and KL(q || m) over one range of one row -> ranges (T, 2, SPLITS)."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    student_ptr += row * stride_s
+    teacher_ptr += row * stride_t
+    teacher_kl = tl.zeros([BLOCK_V], tl.float32)
+    student_kl = tl.zeros([BLOCK_V], tl.float32)
+    for tile in range(split * tiles, (split + 1) * tiles):
+        s, t = _load(student_ptr, tile, V, BLOCK_V), _load(teacher_ptr, tile, V, BLOCK_V)
+        log_q, log_p = _log_probabilities(s, t, statistics_ptr + row * 5, inverse_temperature)
+        p, q = tl.exp(log_p), tl.exp(log_q)
+        of_teacher, of_student = _to_mixture(log_q - log_p, beta, rest)
+        teacher_kl += p * keep_where(p, of_teacher)
+        student_kl += q * keep_where(q, of_student)
+    ranges_ptr += row * (2 * SPLITS) + split
+    tl.store(ranges_ptr, tl.sum(teacher_kl))
+    tl.store(ranges_ptr + SPLITS, tl.sum(student_kl))
+
+
+@triton.jit
+def _join_mixture(ranges_ptr, value_ptr, statistics_ptr, beta, rest, SPLITS: tl.constexpr):
+    """The ranges of a row -> the JSD, and the centre of its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    split = ranges_ptr + row * (2 * SPLITS) + tl.arange(0, SPLITS)
+    teacher_kl, student_kl = tl.sum(tl.load(split)), tl.sum(tl.load(split + SPLITS))
+    tl.store(value_ptr + row, beta * teacher_kl + rest * student_kl)
+    tl.store(statistics_ptr + row * 5 + 4, student_kl)
+
+
+@triton.jit
+def _gradient(
+    grad_ptr, student_ptr, teacher_ptr, statistics_ptr, out_ptr, V, stride_g, stride_s, stride_t,
+    inverse_temperature, beta, rest, KIND: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One tile of the student's gradient (T, V), contiguous."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s = _load(student_ptr + row * stride_s, tile, V, BLOCK_V)
+    t = _load(teacher_ptr + row * stride_t, tile, V, BLOCK_V)
+    statistics_ptr += row * 5
+    log_q, log_p = _log_probabilities(s, t, statistics_ptr, inverse_temperature)
+    q, centre = tl.exp(log_q), tl.load(statistics_ptr + 4)
+    factor = tl.load(grad_ptr + row * stride_g) * inverse_temperature
+    if KIND == "forward_kl":
+        gradient = factor * (q - tl.exp(log_p))
+    if KIND == "reverse_kl":
+        gradient = factor * (q * keep_where(q, log_q - log_p - centre))
+    if KIND == "jsd":
+        _, of_student = _to_mixture(log_q - log_p, beta, rest)
+        gradient = factor * rest * (q * keep_where(q, of_student - centre))
+    offsets = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    out = out_ptr + row * V + offsets
+    tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=offsets < V)
+
+
+def _packed_rows(logits: Tensor) -> Tensor:
+    """Any row stride is read as it is; a vocabulary with gaps is copied first."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def divergence_forward(
+    student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(T, V) logits x 2 -> value (T,) and statistics (T, 5), both fp32."""
+    rows, vocabulary = student.shape
+    value = student.new_empty(rows, dtype=torch.float32)
+    statistics = student.new_empty(rows, 5, dtype=torch.float32)
+    if rows == 0:
+        return value, statistics
+    student, teacher = _packed_rows(student), _packed_rows(teacher)
+    block, warps = configured(CONFIGS, student)
+    tiles = triton.cdiv(vocabulary, block)
+    wanted = triton.next_power_of_2(triton.cdiv(WAVES * processors(student), rows))
+    splits = min(wanted, triton.next_power_of_2(tiles), MAX_SPLITS)
+    tiles_each = triton.cdiv(tiles, splits)
+    ranges = student.new_empty(rows, 5, splits, dtype=torch.float32)
+    strides = (student.stride(0), teacher.stride(0))
+    inverse, grid = 1.0 / temperature, (rows, splits)
+    with on_device(student):
+        _softmax_ranges[grid](
+            student, teacher, ranges, vocabulary, tiles_each, *strides, inverse * LOG2_E,
+            KIND=kind, SPLITS=splits, BLOCK_V=block, num_warps=warps,
+        )  # fmt: skip
+        _join_softmax[(rows,)](
+            ranges, value, statistics, inverse, inverse * LOG2_E,
+            KIND=kind, SPLITS=splits, num_warps=1,
+        )  # fmt: skip
+        if kind == "jsd":
+            _mixture_ranges[grid](
+                student, teacher, statistics, ranges, vocabulary, tiles_each, *strides, inverse,
+                beta, 1.0 - beta, SPLITS=splits, BLOCK_V=block, num_warps=warps,
+            )  # fmt: skip
+            _join_mixture[(rows,)](
+                ranges, value, statistics, beta, 1.0 - beta, SPLITS=splits, num_warps=1
+            )
+    return value, statistics
+
+
+def divergence_backward(
+    grad: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, kind: str, beta: float,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """Upstream (T,) and what the forward saw and kept -> gradient of the student's logits (T, V)."""
+    rows, vocabulary = student.shape
+    gradient = student.new_empty(rows, vocabulary)
+    if rows == 0:
+        return gradient
+    student, teacher = _packed_rows(student), _packed_rows(teacher)
+    block, warps = configured(CONFIGS, student)
+    with on_device(student):
+        _gradient[(rows, triton.cdiv(vocabulary, block))](
+            grad, student, teacher, statistics.contiguous(), gradient, vocabulary,
+            grad.stride(0), student.stride(0), teacher.stride(0), 1.0 / temperature,
+            beta, 1.0 - beta, KIND=kind, BLOCK_V=block, num_warps=warps,
+        )  # fmt: skip
+    return gradient
