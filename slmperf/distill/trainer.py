@@ -1,0 +1,335 @@
+"""The training loop: transformers.Trainer with packed batches, the distillation loss, and
+checkpoints without pickle.
+
+What Trainer keeps: the loop over steps, AdamW, the schedule, clipping, accumulation, devices and
+ranks, callbacks.
+What is replaced: the batches (slmperf.distill.packing), the loss (slmperf.distill.loss), what a
+checkpoint is (slmperf.distill.checkpoint), and what is printed (slmperf.distill.progress).
+
+The vocabulary head, most of the work of a small model, runs only at positions whose weight is not
+zero, in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from slmperf.check import InputError
+from slmperf.distill import checkpoint
+from slmperf.distill.config import DistillationConfig
+from slmperf.distill.loss import DistillationLoss, LossParts
+from slmperf.distill.packing import PackedBatches
+from slmperf.distill.progress import Bar, Clock, LogFile
+
+
+def training_arguments(config: DistillationConfig, folder: Path, steps: int) -> TrainingArguments:
+    """Trainer's settings for `config`: nothing reported or printed, nothing saved by Trainer
+    itself.
+    """
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # an item of PackedBatches is a whole batch
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        optim="adamw_torch_fused",
+        max_grad_norm=config.max_gradient_norm,
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+
+
+class DistillationTrainer(Trainer):
+    """Trains `model` on `batches`, from `teacher` where there is one. `resume_from_checkpoint`
+    takes our checkpoints.
+
+    `model` and `teacher` are causal language models of Transformers with one vocabulary; the
+    teacher is not changed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: PackedBatches,
+        *,
+        teacher: PreTrainedModel | None = None,
+        config: DistillationConfig,
+        precision: str = "fp32",
+        folder: Path,
+        name: str = "train",
+        bar: bool = True,
+    ) -> None:
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=model,
+            args=training_arguments(config, folder, batches.steps),
+            train_dataset=batches,
+            data_collator=_only,
+        )
+        model.config.use_cache = (
+            use_cache  # Trainer turns it off in what will be saved as config.json
+        )
+        self.model_accepts_loss_kwargs = (
+            True  # the loss is divided by the examples of the whole step, below
+        )
+        self.remove_callback(PrinterCallback)
+        self.config, self.folder, self.name, self.precision = config, folder, name, precision
+        self.loss = DistillationLoss.of(config)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.to(self.args.device).eval()
+        self.losses: list[float] = []  # one per finished step
+        self.clock = Clock(0.0, 0)
+        self.add_callback(_Reporter(self, bar))
+
+    # The batches.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # the order is PackedBatches' own
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of one step and the number of examples in them, over all ranks."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        examples = torch.stack([sample["examples"] for sample in samples]).sum().to(device)
+        return samples, self.accelerator.gather(examples[None]).sum()
+
+    # The loss.
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's share of the step's loss: the weighted sum over one batch by the examples of
+        the whole step.
+        """
+        parts = batch_loss(model, self.teacher, inputs, self.loss, self.precision)
+        examples = inputs["examples"] if num_items_in_batch is None else num_items_in_batch
+        self._step_loss += parts.total.detach() / examples
+        self.clock.tokens += int(inputs["tokens"])
+        # Gradients are averaged over ranks, and the sum is wanted.
+        return parts.total * (self.accelerator.num_processes / examples)
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Not counted: Trainer would walk all parameters at every step."""
+        return 0
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not self.is_world_process_zero():
+            return
+        trainer_state = json.dumps(asdict(self.state))  # what TrainerState.load_from_json reads
+        progress = checkpoint.Progress(
+            self.state.global_step, self.clock.tokens, self.clock.seconds
+        )
+        checkpoint.write(
+            self.folder, self.model, self.optimizer, trainer_state, progress, self.losses
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint)
+        checkpoint.load_model(path, self.model)
+        progress, self.losses = checkpoint.read_progress(path)
+        self.clock = Clock(progress.seconds, progress.tokens)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is None:
+            return
+        path = Path(checkpoint_path)
+        checkpoint.load_optimizer(path, self.model, self.optimizer)
+        scheduler, step = self.lr_scheduler, checkpoint.read_progress(path)[0].step
+        scheduler.last_epoch = step
+        groups = scheduler.optimizer.param_groups
+        for group, rate, factor in zip(
+            groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(step)
+
+    def _load_rng_state(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is not None:
+            checkpoint.load_random_states(Path(checkpoint_path))
+
+
+class _Reporter(TrainerCallback):
+    """After every step: the bar, the log file, and whether a checkpoint is due."""
+
+    def __init__(self, trainer: DistillationTrainer, bar: bool) -> None:
+        first_rank = trainer.is_world_process_zero()
+        self.trainer, self.show = trainer, bar and first_rank
+        self.log = LogFile(trainer.folder / "train.log" if first_rank else None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        self.first = state.global_step
+        self.saved = time.perf_counter()
+        self.bar = Bar(trainer.name, state.max_steps, self.first, self.show)
+        trainer._step_loss = torch.zeros((), device=args.device)
+        size = sum(value.numel() for value in trainer.model.parameters())
+        batches = trainer.train_dataset
+        self.log.line(
+            f"{trainer.name}: from step {self.first} of {state.max_steps}, {size:,} parameters, "
+            f"{len(batches.lengths):,} sequences with {len(batches.ids):,} tokens, "
+            f"{trainer.precision}"
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        trainer.losses.append(float(trainer._step_loss))
+        trainer._step_loss.zero_()
+        last = step == state.max_steps
+        speed = trainer.clock.tokens_per_second
+        recent = trainer.losses[-trainer.config.log_steps :]
+        loss = sum(recent) / len(recent)
+        self.bar.update(step, speed, loss)
+        if last or step % trainer.config.log_steps == 0:
+            left = trainer.clock.left(step - self.first, state.max_steps - step)
+            self.log.line(
+                f"{trainer.name}: step {step}/{state.max_steps} loss {loss:.5f} "
+                f"{speed:,.0f} tokens/s left {left}"
+            )
+        every, now = trainer.config.checkpoint_steps, time.perf_counter()
+        due = now - self.saved >= trainer.config.checkpoint_seconds
+        if last or due or (every is not None and step % every == 0):
+            control.should_save = True
+            self.saved = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def batch_loss(
+    model: torch.nn.Module,
+    teacher: torch.nn.Module | None,
+    batch: dict[str, Tensor],
+    loss: DistillationLoss,
+    precision: str,
+) -> LossParts:
+    """The weighted sums of one batch of PackedBatches. Layers run in `precision`; heads and loss in
+    fp32.
+    """
+    student_logits = _logits(model, batch, precision)
+    teacher_logits = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_logits = _logits(teacher, batch, precision)
+    return loss(student_logits, teacher_logits, batch["targets"], batch["weights"])
+
+
+def _logits(model: torch.nn.Module, batch: dict[str, Tensor], precision: str) -> Tensor:
+    """fp32 logits (n, V) at batch["positions"].
+
+    Only one position a row goes through the model's own head; the hidden states after the last norm
+    are taken instead. The model's forward is called as a whole, so that wrappers around it
+    (DistributedDataParallel) see it.
+    """
+    names = ("input_ids", "position_ids", "attention_mask")
+    ids = batch["input_ids"]
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        outputs = model(
+            **{name: batch[name] for name in names if name in batch},
+            use_cache=False,
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
+    hidden = outputs.hidden_states[-1].flatten(0, 1)[batch["positions"]]
+    head = getattr(model, "module", model).get_output_embeddings()
+    bias = None if head.bias is None else head.bias.float()
+    return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+
+def choose_precision(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: PackedBatches,
+    config: DistillationConfig,
+) -> str:
+    """Forward and backward of the first batch, three times each way: "bf16" if its best time is the
+    shorter one.
+
+    Weights and the torch generator are left as they were.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = {name: value.to(device) for name, value in batches[0].items()}
+    model.to(device).train()
+    if teacher is not None:
+        teacher.to(device).eval()
+    loss = DistillationLoss.of(config)
+    best = {"fp32": float("inf"), "bf16": float("inf")}
+    with torch.random.fork_rng():
+        for _ in range(3):
+            for precision in best:
+                start = time.perf_counter()
+                # .item() waits for the device.
+                parts = batch_loss(model, teacher, batch, loss, precision)
+                parts.total.backward()
+                sum(
+                    value.grad.sum() for value in model.parameters() if value.grad is not None
+                ).item()
+                best[precision] = min(best[precision], time.perf_counter() - start)
+    model.zero_grad()
+    return min(best, key=best.__getitem__)
+
+
+def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, context: int) -> None:
+    """Refuse a teacher with another vocabulary, and models that know fewer positions than
+    `context`.
+    """
+    for role, one in (("model", model), ("teacher", teacher)):
+        if one is not None and one.config.max_position_embeddings < context:
+            raise InputError(
+                f"train: the {role} knows {one.config.max_position_embeddings} positions, "
+                f"wanted at least context = {context}"
+            )
+    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"train: the teacher has a vocabulary of {teacher.config.vocab_size}, "
+            f"wanted the student's {model.config.vocab_size}"
+        )
+
+
+def fingerprint(model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
+    """What a resumed run must find unchanged about the models: their configurations."""
+
+    def describe(one: PreTrainedModel | None) -> Any:
+        if one is None:
+            return None
+        ignored = ("transformers_version", "use_cache", "_name_or_path", "dtype")
+        return {
+            key: value
+            for key, value in json.loads(one.config.to_json_string()).items()
+            if key not in ignored
+        }
+
+    return {"model": describe(model), "teacher": describe(teacher)}
+
+
+def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    (item,) = items
+    return item
