@@ -1,0 +1,170 @@
+"""plan: which models a recipe makes, in which order, from which others, and how large they become.
+
+A stage with several seeds makes one model per seed. A stage that reads another one takes the model
+of its own seed where there is one, else the other's first: three students may share one teacher, or
+have one each. Everything that can be refused without computing is refused here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slmperf.check import InputError
+from slmperf.recipe.schema import (
+    DistilStage,
+    PruneAttentionStage,
+    PruneMlpStage,
+    QuantiseStage,
+    Recipe,
+    Shape,
+    Stage,
+)
+
+RESERVED = ("tokenizer", "report")  # other things in the output folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to make: a stage under one seed."""
+
+    stage: Stage
+    seed: int
+    folder: str  # name below the output folder
+    shape: Shape  # of the result
+    quantised: bool
+    source: Job | None  # the job whose model this one starts from
+    teacher: Job | None
+
+    @property
+    def parents(self) -> dict[str, Job]:
+        """The jobs it reads, by the key that names them in the recipe."""
+        pairs = {"from": self.source, "teacher": self.teacher}
+        return {key: job for key, job in pairs.items() if job is not None}
+
+
+def plan(recipe: Recipe) -> list[Job]:
+    """Jobs in an order in which each comes after those it reads, else as in the recipe.
+
+    InputError for a stage that does not exist, a circle, or a model that cannot be cut as asked.
+    """
+    position = {stage.name: index for index, stage in enumerate(recipe.stages)}
+    order: list[Stage] = []
+    for stage in recipe.stages:
+        _visit(stage, recipe, position, order, [])
+    made: dict[tuple[str, int], Job] = {}
+    jobs = []
+    for stage in order:
+        where = f"stages[{position[stage.name]}] ({stage.name})"
+        for seed in _seeds(stage, recipe):
+            job = _job(stage, seed, recipe, made, where)
+            made[stage.name, seed] = job
+            jobs.append(job)
+    _check_folders(jobs)
+    _check_tables(recipe)
+    return jobs
+
+
+def _seeds(stage: Stage, recipe: Recipe) -> list[int]:
+    return stage.seeds or recipe.seeds
+
+
+def _visit(
+    stage: Stage, recipe: Recipe, position: dict[str, int], order: list[Stage], above: list[str]
+) -> None:
+    if stage in order:
+        return
+    where = f"stages[{position[stage.name]}] ({stage.name})"
+    if stage.name in above:
+        raise InputError(f"{where}: reads itself: {' <- '.join([*above, stage.name])}")
+    for key, name in _reads(stage).items():
+        if name not in position:
+            known = ", ".join(position)
+            raise InputError(f"{where}.{key}: no stage is named {name!r}, expected one of {known}")
+        _visit(recipe.stages[position[name]], recipe, position, order, [*above, stage.name])
+    order.append(stage)
+
+
+def _reads(stage: Stage) -> dict[str, str]:
+    reads = {"from": stage.source} if stage.source else {}
+    return {**reads, "teacher": stage.teacher} if isinstance(stage, DistilStage) else reads
+
+
+def _job(
+    stage: Stage, seed: int, recipe: Recipe, made: dict[tuple[str, int], Job], where: str
+) -> Job:
+    def read(name: str | None) -> Job | None:
+        if name is None:
+            return None
+        other = next(one for one in recipe.stages if one.name == name)
+        seeds = _seeds(other, recipe)
+        return made[name, seed if seed in seeds else seeds[0]]
+
+    source = read(stage.source)
+    if source is not None and source.quantised:
+        raise InputError(
+            f"{where}.from: {source.stage.name} is quantised, expected a stage with full weights"
+        )
+    seeds = _seeds(stage, recipe)
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"{where}.seeds: {seeds} names a seed twice")
+    return Job(
+        stage=stage,
+        seed=seed,
+        folder=stage.name if len(seeds) == 1 else f"{stage.name}-seed{seed}",
+        shape=_shape(stage, source, where),
+        quantised=isinstance(stage, QuantiseStage),
+        source=source,
+        teacher=read(stage.teacher) if isinstance(stage, DistilStage) else None,
+    )
+
+
+def _shape(stage: Stage, source: Job | None, where: str) -> Shape:
+    if source is None:
+        shape = getattr(stage, "shape", None)
+        assert shape is not None  # the schema: a stage without `from` has a shape
+        return shape
+    before, name = source.shape, source.stage.name
+    cuts = isinstance(stage, (PruneMlpStage, PruneAttentionStage, QuantiseStage))
+    if cuts and before.experts is not None:
+        raise InputError(
+            f"{where}.from: {name} is a mixture of experts, expected a dense model to {stage.stage}"
+        )
+    if isinstance(stage, PruneMlpStage):
+        if stage.intermediate >= before.intermediate:
+            raise InputError(
+                f"{where}.intermediate: expected less than the {before.intermediate} neurons "
+                f"that {name} has, found {stage.intermediate}"
+            )
+        return before.model_copy(update={"intermediate": stage.intermediate})
+    if isinstance(stage, PruneAttentionStage):
+        if stage.kv_heads >= before.kv_heads:
+            raise InputError(
+                f"{where}.kv_heads: expected less than the {before.kv_heads} KV heads "
+                f"that {name} has, found {stage.kv_heads}"
+            )
+        size = before.head_size or before.hidden // before.heads
+        heads = before.heads // before.kv_heads * stage.kv_heads
+        change = {"kv_heads": stage.kv_heads, "heads": heads, "head_size": size}
+        return before.model_copy(update=change)
+    return before
+
+
+def _check_folders(jobs: list[Job]) -> None:
+    taken: dict[str, str] = {}
+    for job in jobs:
+        if job.folder in RESERVED or job.folder in taken:
+            other = taken.get(job.folder, "the run itself")
+            raise InputError(
+                f"stages: {job.stage.name} needs the folder {job.folder}, taken by {other}"
+            )
+        taken[job.folder] = job.stage.name
+
+
+def _check_tables(recipe: Recipe) -> None:
+    scored = {stage.name for stage in recipe.stages if stage.evaluate}
+    for kind, rows in recipe.tables.items():
+        for role, name in rows.items():
+            if name not in scored:
+                raise InputError(
+                    f"tables.{kind}.{role}: {name} has `evaluate: false`, expected a scored stage"
+                )

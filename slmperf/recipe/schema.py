@@ -1,0 +1,381 @@
+"""schema: what a recipe may say. YAML text -> Recipe, or one line that names the key.
+
+    name: quickstart
+    seeds: [0]
+    data: {world: {...} | source: FOLDER, tasks: [like, top], context: 256, vocabulary: 2048, ...}
+    stages:
+      - {name: teacher, stage: teacher, shape: {layers: 3, ..., experts: 4}, training: {...}}
+      - {name: student, stage: distil, teacher: teacher, shape: {...}, training: {...}}
+      - {name: narrow, stage: prune_mlp, from: student, intermediate: 128}
+      - {name: healed, stage: distil, from: narrow, teacher: student, training: {...}}
+    tables:
+      distillation: {baseline: teacher, kd: student}
+
+`stage:` says what a stage does, `name:` what others call it and which folder it gets. A stage reads
+the stages it names (`from:`, `teacher:`), wherever in the list they stand. Keys nobody knows are
+refused. What a stage needs from another one (does it exist, has it so many heads) is for plan.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slmperf.check import InputError
+from slmperf.recipe.results import COMPARISONS
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=60)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class World(_Strict):
+    """The embedded world that stands in where no data is given (slmperf.data.world)."""
+
+    members: Count = 1500
+    items: Count = 400
+    rows: Count = 40_000
+    seed: int = 0
+
+
+class Data(_Strict):
+    """Where the rows come from and how they become prompts."""
+
+    source: str | None = None  # file or folder, seen from the recipe's folder; None: the world
+    world: World = World()
+    tasks: Annotated[list[str], Field(min_length=1)] | None = None  # None: all that the data has
+    context: Count = 256  # tokens of a prompt and of a training sequence
+    vocabulary: Count = 2048
+    minimum_rows: Annotated[int, Field(ge=2)] = 10  # members with fewer are only trained on
+    history: Share = 0.8  # of a member's rows, in order; the rest are candidates
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0  # see slmperf.data.split
+    facts: bool = True  # state in the prompt what was known of item and member
+    scored_members: Count | None = None  # score at most so many members (drawn once); None: all
+
+
+class Shape(_Strict):
+    """Size of a new model: with `experts` a Mixtral-style mixture, without a dense Llama."""
+
+    layers: Count
+    hidden: Count
+    intermediate: Count  # of the MLP, or of each expert
+    heads: Count
+    kv_heads: Count
+    head_size: Count | None = None  # None: hidden / heads
+    experts: Annotated[int, Field(ge=2)] | None = None
+    experts_per_token: Count = 2
+
+    @model_validator(mode="after")
+    def _divides(self) -> Shape:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads is {self.heads}, expected a multiple of kv_heads {self.kv_heads}"
+            )
+        if self.head_size is None and self.hidden % self.heads:
+            raise ValueError(f"hidden is {self.hidden}, expected a multiple of heads {self.heads}")
+        if (self.head_size or self.hidden // self.heads) % 2:
+            raise ValueError("head size is odd, expected an even one (rotary positions)")
+        if self.experts is not None and self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token}, "
+                f"expected at most experts = {self.experts}"
+            )
+        return self
+
+
+class Subset(_Strict):
+    """The part of the members and tasks that a stage learns from; what is scored stays the same."""
+
+    members: Annotated[float, Field(gt=0, le=1)] = 1.0  # smaller shares lie inside larger ones
+    tasks: Annotated[list[str], Field(min_length=1)] | None = None  # None: all of the recipe's
+
+
+class Training(_Strict):
+    """How a stage learns; what is left out is as in slmperf.distill.DistillationConfig."""
+
+    steps: Count | None = None  # this or epochs
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] | None = None
+    warmup: Annotated[float, Field(ge=0, le=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    batch_tokens: Count | None = None
+    accumulation: Count | None = None
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of jsd
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    kd_weight: Annotated[float, Field(ge=0)] | None = None
+    ce_weight: Annotated[float, Field(ge=0)] | None = None
+    answer_weight: Annotated[float, Field(ge=0)] | None = None
+    sequence_weight: Annotated[float, Field(ge=0)] | None = None
+    sequence_sample: Annotated[float, Field(gt=0, le=1)] | None = None
+    checkpoint_steps: Count | None = None
+
+    @model_validator(mode="after")
+    def _length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            found = "both" if self.steps else "neither"
+            raise ValueError(f"expected one of `steps` and `epochs`, found {found}")
+        return self
+
+
+class _Stage(_Strict):
+    name: Name
+    title: str | None = None  # in the tables; None: the name
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None  # None: the recipe's
+    evaluate: bool = True  # score it and time it
+
+    @property
+    def source(self) -> str | None:
+        """Name of the stage whose model this one starts from."""
+        return getattr(self, "from_", None)
+
+    @property
+    def printed(self) -> str:
+        """The title in the tables."""
+        return self.title or self.name
+
+
+class _Learning(_Stage):
+    training: Training
+    subset: Subset = Subset()
+
+
+class TeacherStage(_Learning):
+    """A new model, trained on the answers alone."""
+
+    stage: Literal["teacher"]
+    shape: Shape
+
+
+class _FromShapeOrStage(_Learning):
+    shape: Shape | None = None
+    from_: Name | None = Field(None, alias="from")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> _FromShapeOrStage:
+        if (self.shape is None) == (self.from_ is None):
+            found = "both" if self.shape else "neither"
+            raise ValueError(
+                f"expected one of `shape` (a new model) and `from` (a stage), found {found}"
+            )
+        return self
+
+
+class DistilStage(_FromShapeOrStage):
+    """Knowledge distillation: a new or an earlier model learns the logits of `teacher`."""
+
+    stage: Literal["distil"]
+    teacher: Name
+
+
+class SftStage(_FromShapeOrStage):
+    """The same training without a teacher: cross entropy alone."""
+
+    stage: Literal["sft"]
+
+
+class _Pruning(_Stage):
+    from_: Name = Field(alias="from")
+    damping: Annotated[float, Field(gt=0)] = 0.01  # of the mean of the Gram matrix's diagonal
+    calibration_rows: Count = 512  # training sequences the Gram matrices are taken from
+    subset: Subset = Subset()
+
+
+class PruneMlpStage(_Pruning):
+    """OSSCAR on the MLP's neurons, down to `intermediate`."""
+
+    stage: Literal["prune_mlp"]
+    intermediate: Count
+
+
+class PruneAttentionStage(_Pruning):
+    """OSSCAR on whole groups of attention heads, down to `kv_heads`."""
+
+    stage: Literal["prune_attention"]
+    kv_heads: Count
+
+
+class QuantiseStage(_Stage):
+    """Weights rounded to nearest, one scale per output channel."""
+
+    stage: Literal["quantise"]
+    from_: Name = Field(alias="from")
+    weights: Literal["int8"] = "int8"
+
+
+Stage = Annotated[
+    TeacherStage | DistilStage | SftStage | PruneMlpStage | PruneAttentionStage | QuantiseStage,
+    Field(discriminator="stage"),
+]
+
+
+class Timing(_Strict):
+    """How latency is measured: all stages in one pass, taking turns."""
+
+    context: Annotated[int, Field(ge=8)] | None = None  # tokens of the prefill; None: data.context
+    candidates: Annotated[int, Field(ge=1)] = 8  # k of the ranking
+    repeats: Annotated[int, Field(ge=3)] = 9
+
+
+class Recipe(_Strict):
+    """A whole run: the data, the stages and the tables that compare them."""
+
+    name: Name
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    data: Data = Data()
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    tables: dict[str, dict[str, Name]] = {}  # kind -> role -> stage: results.COMPARISONS
+    timing: Timing = Timing()
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"stages: the name {name!r} is given {names.count(name)} times")
+        for kind, rows in self.tables.items():
+            if kind not in COMPARISONS:
+                raise ValueError(
+                    f"tables.{kind}: unknown key, expected one of {', '.join(COMPARISONS)}"
+                )
+            for role, name in rows.items():
+                where = f"tables.{kind}.{role}"
+                if role not in COMPARISONS[kind]:
+                    wanted = ", ".join(COMPARISONS[kind])
+                    raise ValueError(f"{where}: unknown key, expected one of {wanted}")
+                if name not in names:
+                    raise ValueError(f"{where}: no stage is named {name!r}")
+            if COMPARISONS[kind][0] not in rows:
+                raise ValueError(
+                    f"tables.{kind}: expected a row {COMPARISONS[kind][0]!r}, found none"
+                )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a YAML file; InputError in one line for the first thing wrong with it."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise InputError(f"{path}: expected a recipe, {reason}") from None
+        return cls.parse(text, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """YAML text -> Recipe; `source` opens the line of an InputError."""
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}:" if mark else ""
+            problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+            raise InputError(f"{source}:{line} {problem}") from None
+        if not isinstance(value, dict):
+            found = "nothing" if value is None else type(value).__name__
+            raise InputError(
+                f"{source}: expected a mapping with name, data and stages, found {found}"
+            )
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InputError(f"{source}: {_first_problem(error, value)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where 1e-3 is a number (YAML 1.2) and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key.value!r} is given twice", key.start_mark
+            )
+        seen.add(key.value)
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(k, True): loader.construct_object(v, True) for k, v in node.value
+    }
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _first_problem(error: ValidationError, value: Mapping[str, Any]) -> str:
+    """`stages[2] (narrow).intermediate: ...` for the first thing pydantic found."""
+    one = error.errors(include_url=False)[0]
+    path, model = _path_and_model(one["loc"], value)
+    kind, found = one["type"], one.get("input")
+    if kind == "extra_forbidden":
+        known = ", ".join(field.alias or name for name, field in model.model_fields.items())
+        return f"{path}: unknown key, expected one of {known}"
+    if kind == "missing":
+        return f"{path}: missing key"
+    if kind == "union_tag_invalid":
+        known, tag = ", ".join(_STAGES), one["ctx"]["tag"]
+        return f"{path}.stage: unknown stage {tag!r}, expected one of {known}"
+    if kind == "union_tag_not_found":
+        return f"{path}: missing key `stage`, expected one of {', '.join(_STAGES)}"
+    if kind == "value_error":
+        message = str(one["ctx"]["error"])
+        return f"{path}: {message}" if path else message
+    message = one["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    shown = type(found).__name__ if isinstance(found, (dict, list)) else repr(found)
+    return f"{path}: expected {message}, found {shown}"
+
+
+_STAGES: dict[str, type[_Stage]] = {
+    get_args(cls.model_fields["stage"].annotation)[0]: cls for cls in get_args(get_args(Stage)[0])
+}
+
+
+def _path_and_model(loc: tuple[int | str, ...], value: Any) -> tuple[str, type[BaseModel]]:
+    """pydantic's location -> the key path in the file, and the model at its end."""
+    path, parts = "", list(loc)
+    model: type[BaseModel] = Recipe
+    while parts:
+        part = parts.pop(0)
+        if isinstance(part, int):
+            path += f"[{part}]"
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+            if path.startswith("stages["):
+                name = value.get("name") if isinstance(value, dict) else None
+                path += f" ({name})" if isinstance(name, str) else ""
+                if parts and parts[0] in _STAGES:  # the tag of the union, no key of the file
+                    model = _STAGES[str(parts.pop(0))]
+            continue
+        path += f".{part}" if path else str(part)
+        value = value.get(part) if isinstance(value, dict) else None
+        if parts:
+            model = _model_of(model, str(part)) or model
+    return path, model
+
+
+def _model_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    for name, field in model.model_fields.items():
+        if key in (name, field.alias):
+            for one in (field.annotation, *get_args(field.annotation)):
+                if isinstance(one, type) and issubclass(one, BaseModel):
+                    return one
+    return None

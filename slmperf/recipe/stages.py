@@ -1,0 +1,189 @@
+"""stages: how each kind of stage makes its model from what it reads.
+
+Nothing is written here but the checkpoints of a training (slmperf.distill), into `folder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from slmperf import models
+from slmperf.check import InputError
+from slmperf.distill import DistillationConfig, train
+from slmperf.ops import JSD, ForwardKL, ReverseKL
+from slmperf.prune import prune_model
+from slmperf.quant import Int8, quantize_model
+from slmperf.recipe.material import DRAW, Material
+from slmperf.recipe.plan import Job
+from slmperf.recipe.schema import (
+    PruneAttentionStage,
+    PruneMlpStage,
+    QuantiseStage,
+    Shape,
+    Training,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from slmperf.data import TrainingSequence
+
+CURVE = 50  # points of the loss curve in a manifest, each a mean over its part of the steps
+CALIBRATION_BATCH = 16  # sequences of one batch whose inputs go into the Gram matrices
+
+
+class Made(NamedTuple):
+    """A stage's model, and what its manifest says about the making."""
+
+    model: PreTrainedModel
+    training: dict[str, Any] | None = None
+    pruning: dict[str, Any] | None = None
+
+
+def make(
+    job: Job,
+    material: Material,
+    finished: Mapping[str, Path],
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Made:
+    """Run one job. finished: the keys of job.parents -> folder of their checkpoint."""
+    stage = job.stage
+    if isinstance(stage, PruneMlpStage | PruneAttentionStage):
+        return _prune(stage, models.load(finished["from"]), material, progress)
+    if isinstance(stage, QuantiseStage):
+        model = models.load(finished["from"])
+        quantize_model(model, Int8())
+        return Made(model)
+    context = material.builder.context
+    if "from" in finished:
+        model = models.load(finished["from"])
+    else:
+        model = new_model(job.shape, len(material.tokenizer), context, job.seed)
+    result = train(
+        model,
+        material.sequences(stage.subset),
+        teacher=models.load(finished["teacher"]) if "teacher" in finished else None,
+        config=training_config(stage.training, context, job.seed),
+        folder=folder,
+        name=job.folder,
+    )
+    pieces = np.array_split(result.losses, min(CURVE, len(result.losses)))
+    training = {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "precision": result.precision,
+        "loss_curve": [round(float(piece.mean()), 6) for piece in pieces],
+    }
+    return Made(model, training=training)
+
+
+def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrainedModel:
+    """A model of this shape with weights drawn from `seed`: Mixtral with experts, Llama without."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_size or shape.hidden // shape.heads,
+        "max_position_embeddings": context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    if shape.experts is None:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**common))
+    config = MixtralConfig(
+        **common,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.experts_per_token,
+        sliding_window=None,
+    )
+    # The default implementation loops over the experts: 30 times slower on a CPU.
+    return AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+
+
+def training_config(training: Training, context: int, seed: int) -> DistillationConfig:
+    """The recipe's words -> the settings of slmperf.distill; InputError for a value it refuses."""
+    kinds: dict[str, ForwardKL | ReverseKL | JSD] = {
+        "forward_kl": ForwardKL(),
+        "reverse_kl": ReverseKL(),
+        "jsd": JSD(training.beta),
+    }
+    given = training.model_dump(exclude_none=True, exclude={"divergence", "beta"})
+    return DistillationConfig(
+        **given, divergence=kinds[training.divergence], context=context, seed=seed
+    )
+
+
+def _prune(
+    stage: PruneMlpStage | PruneAttentionStage,
+    model: PreTrainedModel,
+    material: Material,
+    progress: Callable[[int, int], None],
+) -> Made:
+    batches = list(calibration(material.sequences(stage.subset), stage.calibration_rows))
+    if isinstance(stage, PruneMlpStage):
+        sizes = {"mlp": stage.intermediate}
+    else:
+        sizes = {"kv_heads": stage.kv_heads}
+    report = prune_model(model, batches, **sizes, damping=stage.damping, progress=progress)
+    layers = [
+        {
+            "name": layer.name,
+            "groups": layer.groups,
+            "kept": len(layer.kept),
+            "relative_error": layer.relative_error,
+        }
+        for layer in report.layers
+    ]
+    return Made(model, pruning={"tokens": report.tokens, "layers": layers})
+
+
+def calibration(sequences: list[TrainingSequence], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """At most `count` sequences, drawn once, in padded batches of similar lengths."""
+    drawn = np.random.default_rng(DRAW).permutation(len(sequences))[:count]
+    chosen = sorted((sequences[i].input_ids for i in drawn.tolist()), key=len)
+    for start in range(0, len(chosen), CALIBRATION_BATCH):
+        batch = chosen[start : start + CALIBRATION_BATCH]
+        ids = np.zeros((len(batch), len(batch[-1])), np.int64)
+        mask = np.zeros_like(ids)
+        for row, one in enumerate(batch):
+            ids[row, : len(one)] = one
+            mask[row, : len(one)] = 1
+        yield {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def check_training(jobs: list[Job], material: Material) -> None:
+    """Everything about the trainings that would only show once they start."""
+    for job in jobs:
+        training, subset = getattr(job.stage, "training", None), getattr(job.stage, "subset", None)
+        if training is not None:
+            try:
+                training_config(training, material.builder.context, job.seed)
+            except InputError as error:
+                raise InputError(f"stages ({job.stage.name}).training: {error}") from None
+        if subset is not None:
+            material.check_subset(subset, f"stages ({job.stage.name}).subset")
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """What the recipe says about a stage that changes its weights."""
+    return job.stage.model_dump(
+        mode="json", by_alias=True, exclude={"name", "title", "seeds", "evaluate"}
+    )
