@@ -784,9 +784,7 @@ def test_saved_tokenizer_loads_offline_and_is_the_same(tmp_path, small, tokenize
     texts = training_texts(small, split(small), tasks_for(small))
     train_tokenizer(texts, 600, tmp_path / "made" / "tokenizer")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "made" / "tokenizer", local_files_only=True)
-    text = (
-        f"<s>Q\n{small.item_texts[3]} [item 50%] [member 50%] -> Yes\nÉ 日本 \U0001f600"
-    )
+    text = f"<s>Q\n{small.item_texts[3]} [item 50%] [member 50%] -> Yes\nÉ 日本 \U0001f600"
     ids = tokenizer(text)["input_ids"]
     assert loaded(text)["input_ids"] == ids and loaded.decode(ids) == text
     assert len(loaded) == len(tokenizer)

@@ -1,9 +1,10 @@
 """What was known at the time of a row, in words that the prompt can state.
 
-For a row at time t, over HISTORY rows with time < t (rows of equal time are excluded), n rows of the
-row's item and m rows of its member among them, ratings r on a scale of ten:
+For a row at time t, over HISTORY rows with time < t (rows of equal time are excluded), n rows of
+the row's item and m rows of its member among them, ratings r on a scale of ten:
 
-    prior          = (yes before t + 1) / (rows before t + 2), mean = (ratings before t + 5) / (rows before t + 1)
+    prior          = (yes before t + 1) / (rows before t + 2)
+    mean           = (sum of the ratings before t + 5) / (rows before t + 1)
     item share     = (yes for the item + 5 * prior) / (n + 5)
     member share   = (yes by the member + 3 * prior) / (m + 3)
     item surplus   = sum over the item's rows of (r - the rater's mean so far) / (n + 5)
@@ -17,15 +18,17 @@ token of the vocabulary. Candidate rows, of whichever member, are never counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from slmperf.data.interactions import Interactions, Split, Task
 
 # Finer where many rows lie: the shares of a rare label are low, most surpluses are small.
-SHARES = (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 22, 26, 30, 34, 38, 42, 46)
-SHARES += (50, 54, 58, 62, 66, 70, 75, 80, 85, 90, 95, 98)
-SURPLUSES = (-3.0, -2.3, -1.8, -1.4, -1.1, -0.9, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0)
-SURPLUSES += tuple(-value for value in reversed(SURPLUSES[:-1]))
+_LOW = (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 22, 26, 30, 34, 38, 42, 46)
+SHARES = (*_LOW, 50, 54, 58, 62, 66, 70, 75, 80, 85, 90, 95, 98)
+_ABOVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.1, 1.4, 1.8, 2.3, 3.0)
+SURPLUSES = (*(-value for value in reversed(_ABOVE)), 0.0, *_ABOVE)
 ITEM_STRENGTH, MEMBER_STRENGTH = 5, 3  # rows that a shrunk value counts its prior for
 
 # In the order of a row's text: the columns of `facts`.
@@ -59,7 +62,7 @@ def earlier(group: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.ndarr
     return result
 
 
-def _nearest(steps: tuple[float, ...], values: np.ndarray) -> np.ndarray:
+def _nearest(steps: Sequence[float], values: np.ndarray) -> np.ndarray:
     edges = (np.array(steps[1:]) + np.array(steps[:-1])) / 2.0
     return np.searchsorted(edges, values, side="right")
 
