@@ -24,8 +24,8 @@ class Shaped(Protocol):
 def check_shapes(op: str, **named: tuple[Shaped, str]) -> dict[str, int]:
     """Check that the same letter means the same size in every argument; return the sizes.
 
-    `check_shapes("divergence", student=(s, "T V"), teacher=(t, "T V"))` returns `{"T": .., "V": ..}`
-    or raises InputError: `divergence: teacher is (8, 32000), expected (T, V) = (8, 32064)`.
+    `check_shapes("divergence", student=(s, "T V"), teacher=(t, "T V"))` returns `{"T": .., "V":
+    ..}` or raises InputError: `divergence: teacher is (8, 32000), expected (T, V) = (8, 32064)`.
     A word of digits in place of a letter asks for that very size.
     """
     sizes: dict[str, int] = {}

@@ -221,6 +221,16 @@ def test_batches_repeat_and_cover_every_sequence():
     assert total == pytest.approx(3 * len(first.ids), rel=0.1)
 
 
+def test_rows_that_are_only_shown_have_no_weight():
+    """A later window opens with rows that an earlier one labels: context, no examples."""
+    [whole] = make_sequences(1)
+    answer = whole.answer & (whole.row > 0)
+    batch = PackedBatches([replace(whole, answer=answer)], settings(batch_tokens=CONTEXT))[0]
+    assert int(batch["examples"]) == whole.row.max()
+    assert float(batch["weights"].sum()) == pytest.approx(whole.row.max())
+    assert not {int(at) + 1 for at in batch["positions"]} & set(np.flatnonzero(whole.row <= 0))
+
+
 def test_sampled_sequence_tokens_keep_the_expected_weight():
     sequences = make_sequences(200)
     whole, sampled = settings(), settings(sequence_sample=0.25)

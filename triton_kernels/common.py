@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,26 +19,33 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2_E = 1.4426950408889634
 
 
-def capability(tensor: torch.Tensor) -> int:
-    """80 for an A100, 90 for an H100 or H200; 0 for a CPU tensor, which the interpreter runs."""
+class Machine(NamedTuple):
+    """What a launcher chooses by: 80 for an A100, 90 for an H100 or H200; multiprocessors."""
+
+    capability: int
+    processors: int
+
+
+def machine(tensor: torch.Tensor) -> Machine:
+    """The tensor's device. A CPU tensor, which the interpreter runs, is capability 0."""
     if tensor.device.type != "cuda":
-        return 0
+        return Machine(0, 2)  # two processors, so that the interpreter sees split rows
     major, minor = arch.cuda_capability(tensor.device.index) or (0, 0)
-    return 10 * major + minor
-
-
-def processors(tensor: torch.Tensor) -> int:
-    """Multiprocessors of the tensor's device; 2 for the interpreter, so that it sees splits too."""
-    if tensor.device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return Machine(10 * major + minor, properties.multi_processor_count)
 
 
 def configured(table: Mapping[tuple[int, int], Config], tensor: torch.Tensor) -> Config:
-    """The entry of a (capability, bytes per element) table for this device: the newest not above it."""
-    here = capability(tensor)
-    known = max(key for key, _ in table if key <= here)
+    """Entry of a (capability, bytes per element) table: that of the newest not above the
+    device's."""
+    here = machine(tensor).capability
+    known = max(capability for capability, _ in table if capability <= here)
     return table[known, tensor.element_size()]
+
+
+def processors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's device."""
+    return machine(tensor).processors
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
@@ -53,12 +60,33 @@ def keep_where(weight, value):
 
 
 @triton.jit
-def rescaled_cross(cross, total, factor, shift):
+def wide_sum(x):
+    """Sum over all lanes in fp64: once per program it costs nothing, and the order stops to
+    matter."""
+    return tl.sum(x.to(tl.float64))
+
+
+@triton.jit
+def moved_cross(cross, total, factor, shift):
     """Sum of w x after every x moved by `shift` and every w shrank by `factor`; total is sum w.
 
     A factor of 0 leaves nothing, of an infinite sum either: a weight that underflows counts as 0.
     """
     return tl.where(factor == 0.0, 0.0, factor * (cross + shift * total))
+
+
+@triton.jit
+def moved_gap(gap, total, left_factor, right_factor):
+    """Sum of left weights less right ones after each shrank by its factor; total is that of the
+    right."""
+    return left_factor * gap + (left_factor - right_factor) * total
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), accurate near 0: what rounding 1 + x loses adds itself to the logarithm."""
+    total = 1.0 + x
+    return tl.log(total) + (x - (total - 1.0))
 
 
 @triton.jit

@@ -1,14 +1,18 @@
 """divergence on GPU: row statistics in the forward, one elementwise pass in the backward.
 
-Formulas: slmperf/ops/divergence.py. A row is cut into SPLITS ranges of the vocabulary, one program each,
-so that few rows still fill the device; a second, tiny kernel joins the ranges in a fixed order (no
-atomics: the same bits from run to run). The KLs come out of that one reading of the logits: beside the
-two online softmaxes runs sum w (x_a - x_b), with x the logits less their model's largest so far and
-w = exp(x_a / temperature). The JSD has to know both log-sums first and reads the logits again.
+Formulas: slmperf/ops/divergence.py. A row is cut into SPLITS ranges of the vocabulary, one
+program each, so that few rows still fill the device; a second, tiny kernel joins the ranges in a
+fixed order (no atomics: the same bits from run to run). The KLs come out of that one reading of
+the logits: with x the logits less their model's largest so far and the weights exp(x /
+temperature), two sums run beside the two softmaxes: "gap", the student's weights less the
+teacher's, exact where the models are close, and "cross", sum w (x_a - x_b) with a the model that
+weights (teacher for the forward KL, student for the reverse). The JSD has to know both log-sums
+first and reads the logits again.
 
     bytes per logit (e: bytes of an element)   forward 2e (JSD 4e), backward 3e
 
-All maths is fp32. Statistics per row as in slmperf/ops/divergence.py: (T, 5).
+All maths is fp32, but for the sums over lanes and ranges, which are fp64. Statistics per row as
+in slmperf/ops/divergence.py: (T, 5).
 """
 
 from __future__ import annotations
@@ -24,20 +28,24 @@ from slmperf.triton_kernels.common import (
     configured,
     expm1_negative,
     keep_where,
+    log1p,
+    moved_cross,
+    moved_gap,
     on_device,
     processors,
-    rescaled_cross,
+    wide_sum,
 )
 
-# (capability, bytes per element) -> (BLOCK_V, warps). 0 is the interpreter. Chosen so that a thread
-# holds 16 logits of each model in 128-bit loads and nothing spills; not yet tuned on a device.
+# (capability, bytes per element) -> (BLOCK_V, warps). 0 is the interpreter. A thread holds 8 logits
+# of each model, in 128-bit loads and at most 64 registers, so that 1024 threads share a
+# multiprocessor (16 logits take up to 116, and spill in triton 3.6). Not yet tuned on a device.
 CONFIGS = {
     (0, 2): (64, 4),
     (0, 4): (64, 4),
-    (80, 2): (4096, 8),
-    (80, 4): (2048, 4),
-    (90, 2): (4096, 8),
-    (90, 4): (2048, 4),
+    (80, 2): (2048, 8),
+    (80, 4): (2048, 8),
+    (90, 2): (2048, 8),
+    (90, 4): (2048, 8),
 }
 WAVES = 4  # programs per multiprocessor that the forward aims at before it stops splitting rows
 MAX_SPLITS = 64
@@ -51,16 +59,18 @@ def _load(pointer, tile, V, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _log_probabilities(student, teacher, row_ptr, inverse_temperature):
-    """Log-probabilities of both models under the statistics of their row."""
-    log_q = (student - tl.load(row_ptr)) * inverse_temperature - tl.load(row_ptr + 1)
-    log_p = (teacher - tl.load(row_ptr + 2)) * inverse_temperature - tl.load(row_ptr + 3)
-    return log_q, log_p
+def _normal(student, teacher, row_ptr, scale):
+    """log q, log p and x_student - x_teacher under the statistics of their row."""
+    s, t = student - tl.load(row_ptr), teacher - tl.load(row_ptr + 2)
+    s_log_sum = tl.load(row_ptr + 1)
+    t_log_sum = s_log_sum - tl.load(row_ptr + 3)
+    return s * scale - s_log_sum, t * scale - t_log_sum, s - t
 
 
 @triton.jit
 def _to_mixture(log_ratio, beta, rest):
-    """log(p / m) and log(q / m) from l = log q - log p, never from a probability that may underflow.
+    """log(p / m) and log(q / m) from l = log q - log p, never from a probability that may
+    underflow.
 
     m / p = beta + (1 - beta) e^l and m / q = (1 - beta) + beta e^-l; the one whose exponent is not
     positive is 1 + c (e^-|l| - 1), and the other differs by e^l. Taken as log1p of expm1, its
@@ -69,9 +79,8 @@ def _to_mixture(log_ratio, beta, rest):
     c = tl.where(log_ratio > 0.0, beta, rest)
     least = tl.where(log_ratio > 0.0, rest, beta)
     x = c * expm1_negative(-tl.abs(log_ratio))
-    # Rounding 1 + x loses x - ((1 + x) - 1), which adds itself to the logarithm near 1.
     total = tl.maximum(least, 1.0 + x)
-    tail = tl.log(total) + (x - (total - 1.0))
+    tail = tl.log(total) + (x - (total - 1.0))  # log1p(x), not below the least that it can be
     return -tl.maximum(log_ratio, 0.0) - tail, -tl.maximum(-log_ratio, 0.0) - tail
 
 
@@ -80,13 +89,15 @@ def _softmax_ranges(
     student_ptr, teacher_ptr, ranges_ptr, V, tiles, stride_s, stride_t, to_base_2,
     KIND: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Both online softmaxes and the cross sum over one range of one row -> ranges (T, 5, SPLITS)."""
+    """Both online softmaxes and the cross sum over one range of one row -> ranges (T, 6,
+    SPLITS)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student_ptr += row * stride_s
     teacher_ptr += row * stride_t
     s_max, t_max = tl.full([], LOWEST, tl.float32), tl.full([], LOWEST, tl.float32)
     s_sum = tl.zeros([BLOCK_V], tl.float32)
     t_sum = tl.zeros([BLOCK_V], tl.float32)
+    gap = tl.zeros([BLOCK_V], tl.float32)
     cross = tl.zeros([BLOCK_V], tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
         s, t = _load(student_ptr, tile, V, BLOCK_V), _load(teacher_ptr, tile, V, BLOCK_V)
@@ -96,20 +107,22 @@ def _softmax_ranges(
         s, t = s - s_top, t - t_top
         s_weight, t_weight = tl.exp2(s * to_base_2), tl.exp2(t * to_base_2)
         if KIND == "forward_kl":
-            cross = rescaled_cross(cross, t_sum, t_factor, t_shift - s_shift)
+            cross = moved_cross(cross, t_sum, t_factor, t_shift - s_shift)
             cross += t_weight * keep_where(t_weight, t - s)
         if KIND == "reverse_kl":
-            cross = rescaled_cross(cross, s_sum, s_factor, s_shift - t_shift)
+            cross = moved_cross(cross, s_sum, s_factor, s_shift - t_shift)
             cross += s_weight * keep_where(s_weight, s - t)
+        gap = moved_gap(gap, t_sum, s_factor, t_factor) + (s_weight - t_weight)
         s_sum = s_sum * s_factor + s_weight
         t_sum = t_sum * t_factor + t_weight
         s_max, t_max = s_top, t_top
-    ranges_ptr += row * (5 * SPLITS) + split
+    ranges_ptr += row * (6 * SPLITS) + split
     tl.store(ranges_ptr, s_max)
-    tl.store(ranges_ptr + SPLITS, tl.sum(s_sum))
-    tl.store(ranges_ptr + 2 * SPLITS, t_max)
-    tl.store(ranges_ptr + 3 * SPLITS, tl.sum(t_sum))
-    tl.store(ranges_ptr + 4 * SPLITS, tl.sum(cross))
+    tl.store(ranges_ptr + SPLITS, t_max)
+    tl.store(ranges_ptr + 2 * SPLITS, wide_sum(s_sum))
+    tl.store(ranges_ptr + 3 * SPLITS, wide_sum(t_sum))
+    tl.store(ranges_ptr + 4 * SPLITS, wide_sum(gap))
+    tl.store(ranges_ptr + 5 * SPLITS, wide_sum(cross))
 
 
 @triton.jit
@@ -119,29 +132,33 @@ def _join_softmax(
 ):  # fmt: skip
     """The ranges of a row -> its statistics, and for the KLs its value."""
     row = tl.program_id(0).to(tl.int64)
-    split = ranges_ptr + row * (5 * SPLITS) + tl.arange(0, SPLITS)
-    s_max, s_sum = tl.load(split), tl.load(split + SPLITS)
-    t_max, t_sum = tl.load(split + 2 * SPLITS), tl.load(split + 3 * SPLITS)
-    cross = tl.load(split + 4 * SPLITS)
+    split = ranges_ptr + row * (6 * SPLITS) + tl.arange(0, SPLITS)
+    s_max, t_max = tl.load(split), tl.load(split + SPLITS)
+    s_sum, t_sum = tl.load(split + 2 * SPLITS), tl.load(split + 3 * SPLITS)
+    gap, cross = tl.load(split + 4 * SPLITS), tl.load(split + 5 * SPLITS)
     s_top, t_top = tl.max(s_max), tl.max(t_max)
     s_shift, t_shift = s_max - s_top, t_max - t_top
     s_factor, t_factor = tl.exp2(s_shift * to_base_2), tl.exp2(t_shift * to_base_2)
     s_total, t_total = tl.sum(s_factor * s_sum), tl.sum(t_factor * t_sum)
-    s_log_sum, t_log_sum = tl.log(s_total), tl.log(t_total)
-    centre = 0.0
+    gap_total = tl.sum(moved_gap(gap, t_sum, s_factor, t_factor))
+    s_log_sum = tl.log(s_total)
+    # log(s_total / t_total): by the gap where it is small, else as it stands
+    log_sum_gap = tl.where(
+        tl.abs(gap_total) < 0.5 * t_total, log1p(gap_total / t_total), s_log_sum - tl.log(t_total)
+    )
+    centre = tl.zeros([], tl.float64)
     if KIND == "forward_kl":
-        total = tl.sum(rescaled_cross(cross, t_sum, t_factor, t_shift - s_shift))
-        kl = total / t_total * inverse_temperature + (s_log_sum - t_log_sum)
-        tl.store(value_ptr + row, kl)
+        total = tl.sum(moved_cross(cross, t_sum, t_factor, t_shift - s_shift))
+        tl.store(value_ptr + row, total / t_total * inverse_temperature + log_sum_gap)
     if KIND == "reverse_kl":
-        total = tl.sum(rescaled_cross(cross, s_sum, s_factor, s_shift - t_shift))
-        centre = total / s_total * inverse_temperature + (t_log_sum - s_log_sum)
-        tl.store(value_ptr + row, centre)
+        total = tl.sum(moved_cross(cross, s_sum, s_factor, s_shift - t_shift))
+        centre = total / s_total
+        tl.store(value_ptr + row, centre * inverse_temperature - log_sum_gap)
     statistics_ptr += row * 5
     tl.store(statistics_ptr, s_top)
     tl.store(statistics_ptr + 1, s_log_sum)
     tl.store(statistics_ptr + 2, t_top)
-    tl.store(statistics_ptr + 3, t_log_sum)
+    tl.store(statistics_ptr + 3, log_sum_gap)
     tl.store(statistics_ptr + 4, centre)
 
 
@@ -150,30 +167,44 @@ def _mixture_ranges(
     student_ptr, teacher_ptr, statistics_ptr, ranges_ptr, V, tiles, stride_s, stride_t,
     inverse_temperature, beta, rest, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """KL(p || m) and KL(q || m) over one range of one row -> ranges (T, 2, SPLITS)."""
+    """KL(p || m), KL(q || m), sum p and sum q over one range of one row -> ranges (T, 4,
+    SPLITS)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student_ptr += row * stride_s
     teacher_ptr += row * stride_t
     teacher_kl = tl.zeros([BLOCK_V], tl.float32)
     student_kl = tl.zeros([BLOCK_V], tl.float32)
+    p_sum = tl.zeros([BLOCK_V], tl.float32)
+    q_sum = tl.zeros([BLOCK_V], tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
         s, t = _load(student_ptr, tile, V, BLOCK_V), _load(teacher_ptr, tile, V, BLOCK_V)
-        log_q, log_p = _log_probabilities(s, t, statistics_ptr + row * 5, inverse_temperature)
+        log_q, log_p, x_gap = _normal(s, t, statistics_ptr + row * 5, inverse_temperature)
+        log_ratio = x_gap * inverse_temperature - tl.load(statistics_ptr + row * 5 + 3)
+        of_teacher, of_student = _to_mixture(log_ratio, beta, rest)
         p, q = tl.exp(log_p), tl.exp(log_q)
-        of_teacher, of_student = _to_mixture(log_q - log_p, beta, rest)
         teacher_kl += p * keep_where(p, of_teacher)
         student_kl += q * keep_where(q, of_student)
-    ranges_ptr += row * (2 * SPLITS) + split
-    tl.store(ranges_ptr, tl.sum(teacher_kl))
-    tl.store(ranges_ptr + SPLITS, tl.sum(student_kl))
+        p_sum += p
+        q_sum += q
+    ranges_ptr += row * (4 * SPLITS) + split
+    tl.store(ranges_ptr, wide_sum(teacher_kl))
+    tl.store(ranges_ptr + SPLITS, wide_sum(student_kl))
+    tl.store(ranges_ptr + 2 * SPLITS, wide_sum(p_sum))
+    tl.store(ranges_ptr + 3 * SPLITS, wide_sum(q_sum))
 
 
 @triton.jit
 def _join_mixture(ranges_ptr, value_ptr, statistics_ptr, beta, rest, SPLITS: tl.constexpr):
-    """The ranges of a row -> the JSD, and the centre of its gradient."""
+    """The ranges of a row -> the JSD, and the centre of its gradient.
+
+    Sum p and sum q are 1 but for rounding. Divided by them the divergences are true means, so that
+    the gradient's q (log(q / m) - centre) sums to 0 also where one q is nearly 1.
+    """
     row = tl.program_id(0).to(tl.int64)
-    split = ranges_ptr + row * (2 * SPLITS) + tl.arange(0, SPLITS)
+    split = ranges_ptr + row * (4 * SPLITS) + tl.arange(0, SPLITS)
     teacher_kl, student_kl = tl.sum(tl.load(split)), tl.sum(tl.load(split + SPLITS))
+    teacher_kl /= tl.sum(tl.load(split + 2 * SPLITS))
+    student_kl /= tl.sum(tl.load(split + 3 * SPLITS))
     tl.store(value_ptr + row, beta * teacher_kl + rest * student_kl)
     tl.store(statistics_ptr + row * 5 + 4, student_kl)
 
@@ -188,15 +219,19 @@ def _gradient(
     s = _load(student_ptr + row * stride_s, tile, V, BLOCK_V)
     t = _load(teacher_ptr + row * stride_t, tile, V, BLOCK_V)
     statistics_ptr += row * 5
-    log_q, log_p = _log_probabilities(s, t, statistics_ptr, inverse_temperature)
+    log_q, log_p, x_gap = _normal(s, t, statistics_ptr, inverse_temperature)
+    log_ratio = x_gap * inverse_temperature - tl.load(statistics_ptr + 3)
     q, centre = tl.exp(log_q), tl.load(statistics_ptr + 4)
     factor = tl.load(grad_ptr + row * stride_g) * inverse_temperature
     if KIND == "forward_kl":
-        gradient = factor * (q - tl.exp(log_p))
+        # q - p as the larger of them times 1 - e^-|l|: accurate where they are nearly equal
+        more = tl.exp(tl.maximum(log_q, log_p))
+        gap = more * keep_where(more, expm1_negative(-tl.abs(log_ratio)))
+        gradient = factor * tl.where(log_ratio > 0.0, -gap, gap)
     if KIND == "reverse_kl":
-        gradient = factor * (q * keep_where(q, log_q - log_p - centre))
+        gradient = factor * inverse_temperature * (q * keep_where(q, x_gap - centre))
     if KIND == "jsd":
-        _, of_student = _to_mixture(log_q - log_p, beta, rest)
+        _, of_student = _to_mixture(log_ratio, beta, rest)
         gradient = factor * rest * (q * keep_where(q, of_student - centre))
     offsets = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     out = out_ptr + row * V + offsets
@@ -223,7 +258,7 @@ def divergence_forward(
     wanted = triton.next_power_of_2(triton.cdiv(WAVES * processors(student), rows))
     splits = min(wanted, triton.next_power_of_2(tiles), MAX_SPLITS)
     tiles_each = triton.cdiv(tiles, splits)
-    ranges = student.new_empty(rows, 5, splits, dtype=torch.float32)
+    ranges = student.new_empty(rows, 6, splits, dtype=torch.float64)
     strides = (student.stride(0), teacher.stride(0))
     inverse, grid = 1.0 / temperature, (rows, splits)
     with on_device(student):
@@ -250,7 +285,8 @@ def divergence_backward(
     grad: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, kind: str, beta: float,
     temperature: float,
 ) -> Tensor:  # fmt: skip
-    """Upstream (T,) and what the forward saw and kept -> gradient of the student's logits (T, V)."""
+    """Upstream (T,) and what the forward saw and kept -> gradient of the student's logits (T,
+    V)."""
     rows, vocabulary = student.shape
     gradient = student.new_empty(rows, vocabulary)
     if rows == 0:

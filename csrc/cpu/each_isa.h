@@ -12,30 +12,39 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+// Functions in between are compiled for the named features, whatever the command line says.
+#define SLMPERF_PRAGMA(TEXT) _Pragma(#TEXT)
+#if defined(__clang__)
+#define SLMPERF_BEGIN_TARGET(FEATURES) \
+  SLMPERF_PRAGMA(clang attribute push(__attribute__((target(FEATURES))), apply_to = function))
+#define SLMPERF_END_TARGET SLMPERF_PRAGMA(clang attribute pop)
+#else
+#define SLMPERF_BEGIN_TARGET(FEATURES) \
+  SLMPERF_PRAGMA(GCC push_options) SLMPERF_PRAGMA(GCC target(FEATURES))
+#define SLMPERF_END_TARGET SLMPERF_PRAGMA(GCC pop_options)
 // g++ 12 takes the deliberately undefined operand of its own intrinsics for a mistake (its bug
 // 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+SLMPERF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define SLMPERF_ISA avx512
 #define SLMPERF_AVX512
 #include "cpu/vec.h"
 #include SLMPERF_ROWS
 #undef SLMPERF_ISA
 #undef SLMPERF_AVX512
-#pragma GCC pop_options
+SLMPERF_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+SLMPERF_BEGIN_TARGET("avx2,fma,f16c")
 #define SLMPERF_ISA avx2
 #define SLMPERF_AVX2
 #include "cpu/vec.h"
 #include SLMPERF_ROWS
 #undef SLMPERF_ISA
 #undef SLMPERF_AVX2
-#pragma GCC pop_options
+SLMPERF_END_TARGET
 #endif
 
 #define SLMPERF_ISA scalar

@@ -6,17 +6,13 @@ PromptBuilder.sequences for training, PromptBuilder.prompts for scoring. No torc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from slmperf.data.interactions import Interactions, Split, Task, split, tasks_for
 from slmperf.data.jsonl import Prompt, read_prompts
 from slmperf.data.prompts import PromptBuilder, prompt_texts, training_texts
 from slmperf.data.readers import read_interactions
 from slmperf.data.sequences import RankingPrompt, TrainingSequence
 from slmperf.data.tokenizer import train_tokenizer
-
-if TYPE_CHECKING:
-    from slmperf.data.world import world
+from slmperf.data.world import world
 
 __all__ = [
     "Interactions",
@@ -35,12 +31,3 @@ __all__ = [
     "training_texts",
     "world",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "world":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from slmperf.data.world import world
-
-    globals()["world"] = world  # the function, where importing its module has put the module
-    return world

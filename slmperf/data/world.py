@@ -1,21 +1,20 @@
 """A small made-up world of members, items and ratings, for when no data is given.
 
-It is made so that scale pays. What decides a rating is not stated anywhere and takes data to learn:
+It is made so that scale pays: what decides a rating is stated nowhere and takes data to learn.
 
-- There are eight themes. A member has a leaning towards each of them, drawn once, never written down.
-- An item's text is four words: title, maker, mood and genre. Each word belongs to a theme and has a
-  small character of its own; an item's factors are the mean of its words' factors. One word in ten
-  comes from a foreign theme. So what an item is about is a function of the words of its text, the
-  same for every item, and most items are too rare to be known by themselves.
-- rating = leaning . factors + worth of the item's words + generosity of the member + noise, cut into
-  1..10 at fixed shares of all rows: 45% reach 8 (task "like"), 15% reach 10 (task "top").
+- There are eight themes. A member leans towards or away from each of them.
+- An item's text is four words: title, maker, mood and genre. Each word belongs to a theme, one in
+  ten to another than the item's, and has a small character of its own. An item's factors are the
+  mean of its words' factors: a function of the words of its text, the same for every item.
+- rating = leaning . factors + worth of the item's words + generosity of the member + noise, cut
+  into 1..10 at fixed shares of all rows: 45% reach 8 (task "like"), 15% reach 10 (task "top").
 - Members rate what they lean towards more often, so a history speaks through what is in it as well
   as through its answers.
 
-The noise is as large as the rest, so one answer says little: a model must see many members before
-it knows the words, and a teacher's probabilities say more than the answers do. What is known of an
-item's and a member's mean (slmperf.data.facts, the floors of slmperf.evaluate) stays far behind what
-is known of the member's taste in the item's theme.
+The noise is as large as the rest: one answer says little, a model must see many members before it
+knows the words, and a teacher's probabilities say more than the answers they were learned from.
+Means per item and member (slmperf.data.facts, the floors of slmperf.evaluate) know nothing of a
+member's taste in the item's theme and stay far behind a model that does.
 """
 
 from __future__ import annotations
@@ -29,16 +28,57 @@ from slmperf.data.interactions import Interactions
 from slmperf.data.template import item_text
 
 # One theme a line: two genres; moods; titles.
-_THEMES = """
-saga voyage; salty misty tidal drifting stormy coral briny pelagic; Harbor Anchor Lagoon Lighthouse Reef Gull Tide Mast Estuary Driftwood Pilot Shoal Ferry Kelp Buoy
-noir mystery; smoky crooked hushed velvet guilty nocturnal shady veiled; Alley Ledger Alibi Cipher Informer Ransom Motel Witness Blackmail Dagger Locket Verdict Curtain Pawnshop Fedora
-space robots; orbital stellar cryogenic lunar metallic galactic weightless ionic; Comet Airlock Nebula Reactor Colony Satellite Android Probe Quasar Capsule Meteor Antenna Hangar Vacuum Beacon
-romance comedy; tender giddy rosy clumsy flirty sunny wistful bubbly; Bouquet Waltz Picnic Honeymoon Sonnet Balcony Bakery Valentine Ballroom Postcard Ribbon Serenade Umbrella Confetti Lilac
-horror ghosts; eerie rotten howling cursed gaunt ashen feral bloodless; Crypt Asylum Marrow Coffin Seance Gallows Cellar Raven Scarecrow Phantom Mausoleum Hex Ritual Attic Moth
-western frontier; dusty parched lonesome rugged scorched leathery restless barren; Saddle Canyon Outlaw Stagecoach Mustang Saloon Lasso Prairie Sheriff Coyote Mesa Gulch Ranch Spur Wagon
-palace history; gilded regal courtly ancient scheming ornate banished dynastic; Throne Regent Cathedral Tapestry Heir Chalice Duchess Siege Scepter Abbey Herald Coronation Moat Minstrel Treaty
-jungle survival; lush humid tangled venomous teeming mossy untamed emerald; Canopy Panther Orchid Machete Rapids Temple Vine Jaguar Mangrove Expedition Toucan Swamp Idol Quicksand Fern
-"""
+# Eight themes: genres; moods; titles.
+_THEMES = (
+    (
+        "saga voyage",
+        "salty misty tidal drifting stormy coral briny pelagic",
+        "Harbor Anchor Lagoon Lighthouse Reef Gull Tide Mast"
+        " Estuary Driftwood Pilot Shoal Ferry Kelp Buoy",
+    ),
+    (
+        "noir mystery",
+        "smoky crooked hushed velvet guilty nocturnal shady veiled",
+        "Alley Ledger Alibi Cipher Informer Ransom Motel Witness"
+        " Blackmail Dagger Locket Verdict Curtain Pawnshop Fedora",
+    ),
+    (
+        "space robots",
+        "orbital stellar cryogenic lunar metallic galactic weightless ionic",
+        "Comet Airlock Nebula Reactor Colony Satellite Android Probe"
+        " Quasar Capsule Meteor Antenna Hangar Vacuum Beacon",
+    ),
+    (
+        "romance comedy",
+        "tender giddy rosy clumsy flirty sunny wistful bubbly",
+        "Bouquet Waltz Picnic Honeymoon Sonnet Balcony Bakery Valentine"
+        " Ballroom Postcard Ribbon Serenade Umbrella Confetti Lilac",
+    ),
+    (
+        "horror ghosts",
+        "eerie rotten howling cursed gaunt ashen feral bloodless",
+        "Crypt Asylum Marrow Coffin Seance Gallows Cellar Raven"
+        " Scarecrow Phantom Mausoleum Hex Ritual Attic Moth",
+    ),
+    (
+        "western frontier",
+        "dusty parched lonesome rugged scorched leathery restless barren",
+        "Saddle Canyon Outlaw Stagecoach Mustang Saloon Lasso Prairie"
+        " Sheriff Coyote Mesa Gulch Ranch Spur Wagon",
+    ),
+    (
+        "palace history",
+        "gilded regal courtly ancient scheming ornate banished dynastic",
+        "Throne Regent Cathedral Tapestry Heir Chalice Duchess Siege"
+        " Scepter Abbey Herald Coronation Moat Minstrel Treaty",
+    ),
+    (
+        "jungle survival",
+        "lush humid tangled venomous teeming mossy untamed emerald",
+        "Canopy Panther Orchid Machete Rapids Temple Vine Jaguar"
+        " Mangrove Expedition Toucan Swamp Idol Quicksand Fern",
+    ),
+)
 _FIRST = "Bal Cor Dar Fer Gor Hal Kel Lor Mar Nor Sel Tor".split()
 _LAST = "an ek ini ova ro sen ta wick".split()
 
@@ -55,10 +95,9 @@ _CHUNK = 1 << 22  # member-item pairs looked at at once
 
 
 class _Words(NamedTuple):
-    """One kind of words: n words, factors (n, themes), worth (n,), theme (n,)."""
+    """n words of one kind, those of a theme side by side; factors (n, themes), worth (n,)."""
 
     texts: list[str]
-    theme: np.ndarray
     factors: np.ndarray
     worth: np.ndarray
 
@@ -67,15 +106,14 @@ def world(*, members: int, items: int, rows: int, seed: int = 0) -> Interactions
     """`rows` ratings of 1..10 by `members` members of `items` items; the same for the same numbers.
 
     Nobody rates an item twice. Members have at least 10 rows each where rows allows it, and some
-    have several times as many as others. InputError for numbers that cannot be: fewer rows than members, or more than
-    half of all items for one member.
+    have several times as many as others. InputError for numbers that cannot be: fewer rows than
+    members, more than half of all items for one member, more items than a hundredth of the texts
+    there are.
     """
     if min(members, items) < 1:
         raise InputError(f"world: members {members}, items {items}, expected at least 1 of each")
     if rows < members:
-        raise InputError(
-            f"world: rows is {rows}, expected at least one for each of {members} members"
-        )
+        raise InputError(f"world: rows is {rows}, expected at least one per member, {members}")
     random = np.random.default_rng([seed, members, items, rows])
     words = _words(random)
     combinations = int(np.prod([len(kind.texts) for kind in words]))
@@ -87,10 +125,9 @@ def world(*, members: int, items: int, rows: int, seed: int = 0) -> Interactions
             f"world: one member has {count.max()} rows, expected at most half of the {items} items"
         )
     theme, parts = _items(random, words, items)
-    factors = sum(kind.factors[part] for kind, part in zip(words, parts.T, strict=True)) / len(
-        words
-    )
-    worth = sum(kind.worth[part] for kind, part in zip(words, parts.T, strict=True))
+    pairs = list(zip(words, parts.T, strict=True))
+    factors = sum(kind.factors[part] for kind, part in pairs) / len(words)
+    worth = sum(kind.worth[part] for kind, part in pairs) / np.sqrt(len(words))
     themes = words[0].factors.shape[1]
     leaning = random.normal(size=(members, themes))
     generosity = random.normal(size=members)
@@ -100,7 +137,7 @@ def world(*, members: int, items: int, rows: int, seed: int = 0) -> Interactions
     item = _choices(random, np.exp(_DRAWN * leaning), theme, popularity, count)
     merit = (
         _LEANING * np.einsum("nk,nk->n", leaning[member], factors[item])
-        + _WORTH / np.sqrt(len(words)) * worth[item]
+        + _WORTH * worth[item]
         + _GENEROSITY * generosity[member]
         + _NOISE * random.normal(size=rows)
     )
@@ -121,21 +158,18 @@ def world(*, members: int, items: int, rows: int, seed: int = 0) -> Interactions
 
 
 def _words(random: np.random.Generator) -> tuple[_Words, _Words, _Words, _Words]:
-    """Titles, makers, moods and genres. Which theme a maker works in is drawn, the rest is written above."""
-    lines = [[part.split() for part in line.split(";")] for line in _THEMES.strip().splitlines()]
+    """Titles, makers, moods and genres. The makers of a theme are drawn, the rest stands above."""
+    genres, moods, titles = ([theme[place].split() for theme in _THEMES] for place in range(3))
     makers = [first + last for first in _FIRST for last in _LAST]
-    themes = len(lines)
-    lists = [[line[place] for line in lines] for place in range(3)]
-    titles, moods, genres = lists[2], lists[1], lists[0]
-    by_theme = [
-        [makers[i] for i in part] for part in np.split(random.permutation(len(makers)), themes)
-    ]
+    themes = len(_THEMES)
+    drawn = np.split(random.permutation(len(makers)), themes)
+    by_theme = [[makers[maker] for maker in part] for part in drawn]
 
     def kind(groups: list[list[str]]) -> _Words:
         texts = [word for group in groups for word in group]
         theme = np.repeat(np.arange(themes), [len(group) for group in groups])
         own = _CHARACTER * random.normal(size=(len(texts), themes))
-        return _Words(texts, theme, np.eye(themes)[theme] + own, random.normal(size=len(texts)))
+        return _Words(texts, np.eye(themes)[theme] + own, random.normal(size=len(texts)))
 
     return kind(titles), kind(by_theme), kind(moods), kind(genres)
 

@@ -1,10 +1,9 @@
-"""Checkpoints in the middle of a training: safetensors and JSON, written aside, flushed and
-renamed; two are kept.
+"""Checkpoints inside a training: safetensors and JSON, written aside, flushed, renamed; two kept.
 
     <folder>/checkpoint-00000120/
         model.safetensors       the parameters by name
         optimizer.safetensors   AdamW: <parameter>/exp_avg, /exp_avg_sq, /step
-        random.safetensors      states of the Python, numpy and torch generators, as bytes (uint8);
+        random.safetensors      Python's, numpy's and torch's generators as bytes (uint8);
                                 losses so far (fp64)
         trainer_state.json      what transformers.Trainer wants to know about its own progress
         progress.json           steps, tokens and seconds so far
@@ -35,9 +34,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is: steps done, tokens seen (without padding), seconds spent in all its
-    runs.
-    """
+    """How far a training is: steps, tokens (without padding) and seconds of all its runs."""
 
     step: int
     tokens: int
@@ -45,12 +42,8 @@ class Progress:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in `folder`, oldest first. Half-written ones have hidden names and are
-    never listed.
-    """
-    return sorted(
-        path for path in folder.glob("checkpoint-*") if (path / "progress.json").is_file()
-    )
+    """Whole checkpoints in `folder`, oldest first; half-written ones have hidden names."""
+    return sorted(folder.glob("checkpoint-*"))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -20,14 +20,11 @@ class DistillationConfig:
     divergence: ForwardKL | ReverseKL | JSD = field(default_factory=ForwardKL)
     kd_weight: float = 0.9  # weight of the divergence from the teacher; without a teacher unused
     ce_weight: float = 0.1  # weight of the cross entropy; without a teacher cross entropy weighs 1
-    temperature: float = (
-        1.0  # divides both models' logits in the divergence, not in the cross entropy
-    )
+    temperature: float = 1.0  # divides the logits of both models in the divergence alone
     answer_weight: float = 0.95  # shared by the answer tokens of a row
     sequence_weight: float = 0.05  # shared by all tokens of a row
-    # Share of the tokens other than answers that enter the loss, each then weighing 1 /
-    # sequence_sample
-    # as much: the expected loss is the same, the head (most of the work at D of 64 to 128) runs on
+    # Share of the tokens other than answers that enter the loss, weighing 1 / sequence_sample as
+    # much: the expected loss is the same, and the head, most of the work at D of 64 to 128, runs on
     # fewer positions. Drawn anew every epoch from `seed`. 1.0 keeps all.
     sequence_sample: float = 0.25
 
@@ -38,8 +35,8 @@ class DistillationConfig:
     batch_tokens: int = 4096  # tokens, padding included, of one forward pass (at least one row)
     accumulation: int = 1  # forward passes per step
 
-    # AdamW. 3e-3 is for models of a few hundred thousand parameters; above a million it learns
-    # nothing.
+    # AdamW. 3e-3 suits a few hundred thousand parameters; above a million, prototypes learned
+    # nothing at it.
     learning_rate: float = 1e-3
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     warmup: float = 0.03  # share of the steps
@@ -52,10 +49,8 @@ class DistillationConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 
-    checkpoint_seconds: float = (
-        60.0  # a checkpoint after the first step that ends this long after the last one
-    )
-    checkpoint_steps: int | None = None  # and one whenever this many steps are done
+    checkpoint_seconds: float = 60.0  # longest time from one checkpoint to the next, give a step
+    checkpoint_steps: int | None = None  # also one whenever this many steps are done
     log_steps: int = 20  # a line of the log file every so many steps
 
     def __post_init__(self) -> None:

@@ -37,9 +37,7 @@ class LossParts(NamedTuple):
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """kd_weight * D(teacher, student) + ce_weight * CE(student, target), weighted per token and
-    summed.
-    """
+    """kd_weight * D(teacher, student) + ce_weight * CE(student, target), weighted and summed."""
 
     kind: ForwardKL | ReverseKL | JSD = ForwardKL()
     kd_weight: float = 0.9

@@ -1,10 +1,8 @@
-"""Training sequences packed into rows of a fixed length, and batches of such rows in an order fixed
-by the seed.
+"""Training sequences packed into rows of a fixed length, and batches of rows in a seeded order.
 
-Several members share one row. A token sees only earlier tokens of its own sequence (a
-block-diagonal causal mask, given to the model as a 4-d mask, which every attention implementation
-of Transformers takes as it is), and positions restart
-with each sequence: a packed sequence gets the logits it would get alone.
+Several members share one row. A token sees only earlier tokens of its own sequence, and positions
+restart with each sequence: a packed sequence gets the logits it would get alone. The block-diagonal
+causal mask is given as a 4-d mask, which Transformers hands to eager and SDPA attention as it is.
 """
 
 from __future__ import annotations
@@ -27,11 +25,9 @@ _ROUND = 8  # rows are padded to a multiple of this many tokens: aligned matrix 
 
 
 def pack(lengths: np.ndarray, context: int, random: np.random.Generator) -> list[list[int]]:
-    """Indices of sequences per row: best fit, longest first; equal lengths and the rows themselves
-    in random order.
+    """Indices of sequences per row: best fit, longest first, ties and rows in random order.
 
-    The number of rows depends on the lengths alone, not on the draw, so every epoch has the same
-    number.
+    The number of rows depends on the lengths alone, so every epoch has the same number.
     """
     shuffled = random.permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
@@ -61,8 +57,7 @@ def pack(lengths: np.ndarray, context: int, random: np.random.Generator) -> list
 class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Batch number i of a training, as a function of the sequences, the configuration and i alone.
 
-    Rows of one epoch follow those of the epoch before without a break, so all batches have the same
-    number of rows.
+    Rows of one epoch follow those of the epoch before, so all batches have the same number of rows.
 
     A batch holds (R rows, L <= context tokens, n positions that enter the loss):
         input_ids       (R, L) int64
@@ -128,9 +123,7 @@ class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self._collate(packed)
 
     def _load_epoch(self, epoch: int) -> None:
-        """Row order and the sample of sequence tokens: functions of (seed, epoch), so that a
-        resumed run repeats them.
-        """
+        """Row order and sample of sequence tokens, from (seed, epoch): resumed runs repeat them."""
         if epoch == self._epoch:
             return
         random = np.random.default_rng([self.config.seed, epoch])
@@ -144,9 +137,8 @@ class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
         width = min(-(-used // _ROUND) * _ROUND, self.config.context)
         shape = (len(packed), width)
         ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        segment = np.full(
-            shape, -1, np.int64
-        )  # padding is a segment of its own: a row of the mask is never empty
+        # Padding is a segment of its own: no row of the mask is empty, which would give NaN.
+        segment = np.full(shape, -1, np.int64)
         weights = np.zeros(shape, np.float32)
         for line, (row, kept) in enumerate(packed):
             at = 0
@@ -160,9 +152,8 @@ class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
                 weights[line, target] = self.weights[source] * kept[source] * scale
                 at += length
         flat = weights.reshape(-1)
-        (targets,) = (
-            flat.nonzero()
-        )  # a first token weighs 0, so the position before is in the same sequence
+        # A first token weighs 0, so the position before a target is in the same sequence.
+        (targets,) = flat.nonzero()
         batch = {
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(position_ids),
@@ -185,15 +176,13 @@ def _weights(sequence: TrainingSequence, config: DistillationConfig) -> tuple[np
     row, answer = np.asarray(sequence.row), np.asarray(sequence.answer, dtype=bool)
     if len(row) != len(sequence.input_ids) or len(answer) != len(sequence.input_ids):
         raise InputError(
-            f"train: the sequence of member {sequence.member} has {len(sequence.input_ids)} "
-            f"tokens, "
+            f"train: the sequence of member {sequence.member} has {len(sequence.input_ids)} ids, "
             f"{len(row)} rows and {len(answer)} answer marks, wanted equal numbers"
         )
     weights = np.zeros(len(row), dtype=np.float64)
     marked = answer & (row >= 0)
     answers = np.bincount(row[marked], minlength=int(row.max(initial=-1)) + 1)
-    # A row without an answer is only shown here (another sequence labels it): no example, no
-    # weight.
+    # A row without an answer is only shown (another sequence labels it): no example, no weight.
     example = (row >= 0) & (answers[row] > 0)
     tokens = np.bincount(row[example], minlength=len(answers))
     weights[example] = config.sequence_weight / tokens[row[example]]

@@ -1,6 +1,4 @@
-"""How a training shows itself: a bar with tokens/s and time left on a terminal, and a plain log
-file.
-"""
+"""How a training shows itself: a bar with tokens/s and time left, and a plain log file."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class LogFile:
-    """Lines with a time stamp at the end of a file, written at once, so a killed run has all of
-    them. None: no file.
-    """
+    """Lines with a time stamp, each written at once, so that a kill loses none. None: no file."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -29,9 +25,7 @@ class LogFile:
 
 
 class Bar:
-    """One progress bar over the steps of a training. Off a terminal it stays silent: the log file
-    tells.
-    """
+    """A progress bar over the steps of a training. Off a terminal only the log file tells."""
 
     def __init__(self, name: str, steps: int, done: int, show: bool) -> None:
         self._bar = Progress(
@@ -57,9 +51,7 @@ class Bar:
 
 
 class Clock:
-    """Seconds and tokens of a training over all its runs; checkpoints and the timing of the
-    precision count too.
-    """
+    """Seconds and tokens of a training, over all its runs."""
 
     def __init__(self, seconds: float, tokens: int) -> None:
         self._before = seconds

@@ -1,6 +1,4 @@
-"""train: one call that trains a model, with or without a teacher, and goes on where a killed run
-stopped.
-"""
+"""train: one call that trains a model and goes on where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ if TYPE_CHECKING:
 
 
 class TrainResult(NamedTuple):
-    """What a training came to; seconds and tokens are those of all runs, a killed one up to its
-    last checkpoint.
-    """
+    """What a training came to, over all its runs; of a killed one, up to its last checkpoint."""
 
     losses: np.ndarray  # (steps,) fp64
     steps: int
@@ -56,16 +52,14 @@ def train(
     name: str = "train",
     bar: bool = True,
 ) -> TrainResult:
-    """Train `model` in place on `sequences`: from the teacher's logits (KD) or, without one, on the
-    tokens alone (SFT).
+    """Train `model` in place: from the teacher's logits (KD) or, without one, the tokens (SFT).
 
-    `folder` holds the checkpoints, `train.log` and `settings.json`. The same call with the same
-    folder, data and settings goes on from the last checkpoint, or, where the training had ended,
-    just loads its weights; on one process with the same number of threads the final weights are bit
-    for bit those of an undisturbed run (several ranks, started
-    by torchrun, resume too, but all with the random generators of the first: dropout then differs).
-    A folder of another training is refused with an InputError. The caller saves the model and may
-    then delete the folder.
+    `folder` holds the checkpoints, `train.log` and `settings.json`; one of another training is
+    refused with an InputError. The same call again goes on from the last checkpoint or, where the
+    training had ended, just loads its weights. In one process with the same number of threads the
+    final weights are bit for bit those of an undisturbed run; ranks started by torchrun resume too,
+    but all with the generators of the first, so that dropout differs. The caller saves the model
+    and may then delete the folder.
     """
     folder = Path(folder)
     check_models(model, teacher, config.context)
@@ -93,9 +87,8 @@ def train(
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     model.zero_grad()
-    end = checkpoint.Progress(
-        trainer.state.global_step, trainer.clock.tokens, trainer.clock.seconds
-    )
+    clock = trainer.clock
+    end = checkpoint.Progress(trainer.state.global_step, clock.tokens, clock.seconds)
     return _result(end, trainer.losses, precision, 0 if last is None else progress.step)
 
 
@@ -122,8 +115,7 @@ def _settle(
     config: DistillationConfig,
     ranks: int,
 ) -> str:
-    """Check that `folder` is new or belongs to this very training; return the precision, chosen
-    once and written down.
+    """Check that `folder` is new or of this very training; the precision, settled once.
 
     How often checkpoints and log lines are written may change between two runs; nothing else may.
     """

@@ -1,10 +1,8 @@
-"""The training loop: transformers.Trainer with packed batches, the distillation loss, and
-checkpoints without pickle.
+"""The loop: transformers.Trainer with packed batches, our loss, and checkpoints without pickle.
 
-What Trainer keeps: the loop over steps, AdamW, the schedule, clipping, accumulation, devices and
-ranks, callbacks.
-What is replaced: the batches (slmperf.distill.packing), the loss (slmperf.distill.loss), what a
-checkpoint is (slmperf.distill.checkpoint), and what is printed (slmperf.distill.progress).
+Trainer keeps the loop over steps, AdamW, the schedule, clipping, accumulation, devices, ranks and
+callbacks. Replaced are the batches (slmperf.distill.packing), the loss (slmperf.distill.loss), what
+a checkpoint is (slmperf.distill.checkpoint), and what is printed (slmperf.distill.progress).
 
 The vocabulary head, most of the work of a small model, runs only at positions whose weight is not
 zero, in fp32.
@@ -33,9 +31,7 @@ from slmperf.distill.progress import Bar, Clock, LogFile
 
 
 def training_arguments(config: DistillationConfig, folder: Path, steps: int) -> TrainingArguments:
-    """Trainer's settings for `config`: nothing reported or printed, nothing saved by Trainer
-    itself.
-    """
+    """Trainer's settings for `config`: nothing reported, printed or saved by Trainer itself."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -62,11 +58,10 @@ def training_arguments(config: DistillationConfig, folder: Path, steps: int) -> 
 
 
 class DistillationTrainer(Trainer):
-    """Trains `model` on `batches`, from `teacher` where there is one. `resume_from_checkpoint`
-    takes our checkpoints.
+    """Trains `model` on `batches`, from `teacher` where there is one.
 
-    `model` and `teacher` are causal language models of Transformers with one vocabulary; the
-    teacher is not changed.
+    Both are causal language models of Transformers with one vocabulary; the teacher is not changed.
+    `train(resume_from_checkpoint=...)` takes our checkpoints.
     """
 
     def __init__(
@@ -88,12 +83,10 @@ class DistillationTrainer(Trainer):
             train_dataset=batches,
             data_collator=_only,
         )
-        model.config.use_cache = (
-            use_cache  # Trainer turns it off in what will be saved as config.json
-        )
-        self.model_accepts_loss_kwargs = (
-            True  # the loss is divided by the examples of the whole step, below
-        )
+        # Trainer turns it off in what will be saved as config.json.
+        model.config.use_cache = use_cache
+        # compute_loss divides by the examples of the whole step, so Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.config, self.folder, self.name, self.precision = config, folder, name, precision
         self.loss = DistillationLoss.of(config)
@@ -115,7 +108,7 @@ class DistillationTrainer(Trainer):
         """The batches of one step and the number of examples in them, over all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         examples = torch.stack([sample["examples"] for sample in samples]).sum().to(device)
-        return samples, self.accelerator.gather(examples[None]).sum()
+        return samples, self.accelerator.gather(examples[None]).sum().clamp(min=1)
 
     # The loss.
 
@@ -126,9 +119,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """This rank's share of the step's loss: the weighted sum over one batch by the examples of
-        the whole step.
-        """
+        """One batch's share of the step's loss: its weighted sum by the examples of the step."""
         parts = batch_loss(model, self.teacher, inputs, self.loss, self.precision)
         examples = inputs["examples"] if num_items_in_batch is None else num_items_in_batch
         self._step_loss += parts.total.detach() / examples
@@ -146,9 +137,8 @@ class DistillationTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         trainer_state = json.dumps(asdict(self.state))  # what TrainerState.load_from_json reads
-        progress = checkpoint.Progress(
-            self.state.global_step, self.clock.tokens, self.clock.seconds
-        )
+        clock = self.clock
+        progress = checkpoint.Progress(self.state.global_step, clock.tokens, clock.seconds)
         checkpoint.write(
             self.folder, self.model, self.optimizer, trainer_state, progress, self.losses
         )
@@ -166,10 +156,8 @@ class DistillationTrainer(Trainer):
         checkpoint.load_optimizer(path, self.model, self.optimizer)
         scheduler, step = self.lr_scheduler, checkpoint.read_progress(path)[0].step
         scheduler.last_epoch = step
-        groups = scheduler.optimizer.param_groups
-        for group, rate, factor in zip(
-            groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
+        parts = scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas
+        for group, rate, factor in zip(*parts, strict=True):
             group["lr"] = rate * factor(step)
 
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
@@ -231,9 +219,7 @@ def batch_loss(
     loss: DistillationLoss,
     precision: str,
 ) -> LossParts:
-    """The weighted sums of one batch of PackedBatches. Layers run in `precision`; heads and loss in
-    fp32.
-    """
+    """The weighted sums of one batch of PackedBatches: layers in `precision`, the rest in fp32."""
     student_logits = _logits(model, batch, precision)
     teacher_logits = None
     if teacher is not None:
@@ -270,8 +256,7 @@ def choose_precision(
     batches: PackedBatches,
     config: DistillationConfig,
 ) -> str:
-    """Forward and backward of the first batch, three times each way: "bf16" if its best time is the
-    shorter one.
+    """Time the first batch forward and backward, three times each way; the precision of the best.
 
     Weights and the torch generator are left as they were.
     """
@@ -286,21 +271,16 @@ def choose_precision(
         for _ in range(3):
             for precision in best:
                 start = time.perf_counter()
-                # .item() waits for the device.
-                parts = batch_loss(model, teacher, batch, loss, precision)
-                parts.total.backward()
-                sum(
-                    value.grad.sum() for value in model.parameters() if value.grad is not None
-                ).item()
+                batch_loss(model, teacher, batch, loss, precision).total.backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 best[precision] = min(best[precision], time.perf_counter() - start)
     model.zero_grad()
     return min(best, key=best.__getitem__)
 
 
 def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, context: int) -> None:
-    """Refuse a teacher with another vocabulary, and models that know fewer positions than
-    `context`.
-    """
+    """Refuse models that know fewer positions than `context`, or have different vocabularies."""
     for role, one in (("model", model), ("teacher", teacher)):
         if one is not None and one.config.max_position_embeddings < context:
             raise InputError(

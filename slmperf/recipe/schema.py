@@ -73,6 +73,8 @@ class Shape(_Strict):
     head_size: Count | None = None  # None: hidden / heads
     experts: Annotated[int, Field(ge=2)] | None = None
     experts_per_token: Count = 2
+    # Standard deviation of the first weights. Narrow models on text alone want about 0.1.
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
 
     @model_validator(mode="after")
     def _divides(self) -> Shape:

@@ -101,6 +101,7 @@ def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrai
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
+        "initializer_range": shape.initializer_range,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,

@@ -1,0 +1,36 @@
+"""Operators: one file per op, and one public function in it.
+
+    divergence      per-token divergence between two logits tensors, (T, V) x 2 -> (T,)
+
+Every function takes `impl="auto" | "triton" | "cuda" | "cpu" | "reference"` (those that it has);
+`implementations()` says which of them can run on this machine.
+
+Adding an op, say `gain`
+------------------------
+1.  `slmperf/ops/gain.py`, read from top to bottom: docstring with the formula and its source;
+    schema; `gain_reference` in plain torch (oracle, baseline and specification at once,
+    differentiable, any dtype up to float64); `ROUTES = routes("gain", auto={...}, ...)`, what
+    each implementation takes; the fake; the autograd formula; one registered overload per
+    implementation (`slmperf::gain.cpu`, `slmperf::gain.triton`), all with the one schema; last
+    the public function, which checks and chooses. `divergence.py` is the pattern.
+2.  One file per implementation, of the same base name: `csrc/cpu/gain.cpp` (registers itself on
+    its last lines; row maths in `gain_rows.h`, compiled once per instruction set, intrinsics only
+    in `vec.h`) and `triton_kernels/gain.py` (docstring, config table, device helpers, kernels,
+    launcher).
+3.  One family of cases in `slmperf/testing/cases.py`: inputs that can fail, bytes and flops.
+    That alone puts the op into the battery (tests/test_ops.py), the offline compilation
+    (tests/test_kernels_compile.py) and the bench (bench/gpu_check.py).
+4.  Its name here, and its numeric targets in bench/targets.toml.
+"""
+
+from slmperf.ops.divergence import JSD, ForwardKL, ReverseKL, divergence, divergence_reference
+from slmperf.ops.routing import implementations
+
+__all__ = [
+    "JSD",
+    "ForwardKL",
+    "ReverseKL",
+    "divergence",
+    "divergence_reference",
+    "implementations",
+]

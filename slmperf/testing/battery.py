@@ -1,0 +1,171 @@
+"""The checks that every op passes, each for one case and one implementation.
+
+`run_case` is what every case of the sample and of the full cross goes through; `CHECKS` are the
+rest, run on a few cases of each op. Each raises AssertionError with the numbers in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slmperf.testing.budget import check_error
+from slmperf.testing.cases import Case
+
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors], Tensor]
+
+
+def with_gradients(case: Case, tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+    """The same memory (or copies in another dtype) as leaves of the graph."""
+    return {
+        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_(name in case.differentiable)
+        for name, tensor in tensors.items()
+    }
+
+
+def forward_backward(case: Case, tensors: Tensors, run: Run, upstream: Tensor) -> list[Tensor]:
+    """The value, then the gradients of the differentiable tensors."""
+    leaves = with_gradients(case, tensors)
+    value = run(leaves)
+    wanted = [leaves[name] for name in case.differentiable]
+    return [value.detach(), *torch.autograd.grad(value, wanted, upstream.to(value.dtype))]
+
+
+def results(case: Case, impl: str, tensors: Tensors, upstream: Tensor) -> list[Tensor]:
+    """Value and gradients of one implementation."""
+    return forward_backward(case, tensors, lambda given: case.run(given, impl), upstream)
+
+
+class Truth:
+    """Gold and twin of a case on a device, and the judgement of what an implementation found."""
+
+    def __init__(self, case: Case, device: str, upstream: Tensor | None = None) -> None:
+        self.case, self.tensors = case, case.tensors(device)
+        wide = {name: tensor.double() for name, tensor in self.tensors.items()}
+        if upstream is None:  # of both signs, with zeros among them
+            like = case.reference(wide)
+            upstream = torch.randn(like.shape, generator=case.generator())
+            upstream = upstream.masked_fill(upstream.abs() < 0.2, 0.0).to(device)
+        self.upstream = upstream
+        self.gold = forward_backward(case, wide, case.reference, upstream)
+        self.twin = forward_backward(case, self.tensors, case.reference, upstream)
+
+    def judge(self, what: str, found: list[Tensor]) -> None:
+        """Every result against the budget."""
+        names = ["value", *(f"gradient of {name}" for name in self.case.differentiable)]
+        for name, kernel, twin, gold in zip(names, found, self.twin, self.gold, strict=True):
+            label = f"{self.case.op} {self.case} {what}: {name}"
+            check_error(label, kernel, twin, gold, self.case.reduction)
+
+
+def run_case(case: Case, impl: str, device: str = "cpu") -> None:
+    """Forward and backward against the budget."""
+    truth = Truth(case, device)
+    truth.judge(impl, results(case, impl, truth.tensors, truth.upstream))
+
+
+def _same_bits(what: str, found: list[Tensor], wanted: list[Tensor]) -> None:
+    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        equal = torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30))
+        assert equal, f"{what}: result {index} differs, by at most {(a - b).abs().max().item():.3g}"
+
+
+def check_operator(case: Case, impl: str, device: str) -> None:
+    """torch.library.opcheck: schema, fake, autograd registration, dynamic shapes."""
+    operator, arguments = case.operator(with_gradients(case, case.tensors(device)), impl)
+    torch.library.opcheck(operator, arguments)
+
+
+def check_compile(case: Case, impl: str, device: str) -> None:
+    """One graph without a break, forward and backward, with the bits of the eager call."""
+    truth = Truth(case, device)
+    compiled = torch.compile(
+        lambda given: case.run(given, impl), fullgraph=True, backend="aot_eager"
+    )
+    found = forward_backward(case, truth.tensors, compiled, truth.upstream)
+    wanted = results(case, impl, truth.tensors, truth.upstream)
+    _same_bits(f"{case.op} {case} {impl} compiled", found, wanted)
+
+
+def _rows(case: Case, tensors: Tensors, count: int) -> Tensors:
+    """The first rows of the tensors that have rows, and the others whole."""
+    return {
+        name: tensor.narrow(case.row_axis[name], 0, count) if name in case.row_axis else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def check_empty(case: Case, impl: str, device: str) -> None:
+    """No rows: empty results, no launch."""
+    leaves = with_gradients(case, _rows(case, case.tensors(device), 0))
+    value = case.run(leaves, impl)
+    assert value.numel() == 0, f"{case.op} {impl}: {tuple(value.shape)} from no rows"
+    value.sum().backward()
+    for name in case.differentiable:
+        gradient = leaves[name].grad
+        assert gradient is not None and gradient.shape == leaves[name].shape
+
+
+def check_one_row(case: Case, impl: str, device: str) -> None:
+    """One row gives what it gives among others (kernels may cut it up otherwise)."""
+    truth = Truth(case, device)
+    spliced = results(case, impl, truth.tensors, truth.upstream)
+    alone = results(case, impl, _rows(case, truth.tensors, 1), truth.upstream[:1])
+    for all_rows, one in zip(spliced, alone, strict=True):
+        all_rows[: one.shape[0]] = one
+    truth.judge(f"{impl} one row", spliced)
+
+
+def _views(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values in memory laid out otherwise; what lies around them is NaN."""
+    views = {"transposed": tensor.mT.contiguous().mT} if tensor.dim() > 1 else {}
+    for lead in (1, 3):  # elements: every 16-byte load of the row is then misaligned
+        buffer = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + lead + 5), torch.nan)
+        view = buffer[..., lead : lead + tensor.shape[-1]]
+        view.copy_(tensor)
+        views[f"{lead} elements into a buffer of NaN"] = view
+    return views
+
+
+def check_views(case: Case, impl: str, device: str) -> None:
+    """Transposed and misaligned views are taken as they are; what lies beside them is not read."""
+    truth = Truth(case, device)
+    views = {name: _views(tensor) for name, tensor in truth.tensors.items()}
+    for layout in views[case.differentiable[0]]:
+        laid_out = {name: views[name].get(layout, truth.tensors[name]) for name in views}
+        truth.judge(f"{impl} {layout}", results(case, impl, laid_out, truth.upstream))
+
+
+def check_expanded_gradient(case: Case, impl: str, device: str) -> None:
+    """`.sum().backward()` hands down one number with stride 0."""
+    one = torch.ones((), device=device).expand(case.run(case.tensors(device), impl).shape)
+    truth = Truth(case, device, one)
+    truth.judge(f"{impl} summed", results(case, impl, truth.tensors, one))
+
+
+def check_repeatable(case: Case, impl: str, device: str) -> None:
+    """The same bits from run to run, and from a CPU kernel with any number of threads."""
+    truth = Truth(case, device)
+    wanted = results(case, impl, truth.tensors, truth.upstream)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3) if impl == "cpu" else (threads,):
+            torch.set_num_threads(count)
+            found = results(case, impl, truth.tensors, truth.upstream)
+            _same_bits(f"{case.op} {case} {impl} again, {count} threads", found, wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+CHECKS: dict[str, Callable[[Case, str, str], None]] = {
+    "operator": check_operator,
+    "compile": check_compile,
+    "empty": check_empty,
+    "one row": check_one_row,
+    "views": check_views,
+    "expanded gradient": check_expanded_gradient,
+    "repeatable": check_repeatable,
+}
