@@ -38,16 +38,16 @@ from slmperf.triton_kernels.common import (
 
 # (capability, bytes per element) -> (BLOCK_V, warps). 0 is the interpreter. A thread holds 8 logits
 # of each model, in 128-bit loads and at most 64 registers, so that 1024 threads share a
-# multiprocessor (16 logits take up to 116, and spill in triton 3.6). Not yet tuned on a device.
+# multiprocessor (16 logits take up to 120, and spill in triton 3.6). Not yet tuned on a device.
 CONFIGS = {
     (0, 2): (64, 4),
     (0, 4): (64, 4),
-    (80, 2): (2048, 8),
-    (80, 4): (2048, 8),
-    (90, 2): (2048, 8),
-    (90, 4): (2048, 8),
+    (80, 2): (1024, 4),
+    (80, 4): (1024, 4),
+    (90, 2): (1024, 4),
+    (90, 4): (1024, 4),
 }
-WAVES = 4  # programs per multiprocessor that the forward aims at before it stops splitting rows
+WAVES = 16  # programs per multiprocessor that the forward aims at before it stops splitting rows
 MAX_SPLITS = 64
 
 
@@ -69,8 +69,7 @@ def _normal(student, teacher, row_ptr, scale):
 
 @triton.jit
 def _to_mixture(log_ratio, beta, rest):
-    """log(p / m) and log(q / m) from l = log q - log p, never from a probability that may
-    underflow.
+    """log(p / m) and log(q / m) from l = log q - log p: no probability is there to underflow.
 
     m / p = beta + (1 - beta) e^l and m / q = (1 - beta) + beta e^-l; the one whose exponent is not
     positive is 1 + c (e^-|l| - 1), and the other differs by e^l. Taken as log1p of expm1, its
