@@ -36,8 +36,7 @@ def machine(tensor: torch.Tensor) -> Machine:
 
 
 def configured(table: Mapping[tuple[int, int], Config], tensor: torch.Tensor) -> Config:
-    """Entry of a (capability, bytes per element) table: that of the newest not above the
-    device's."""
+    """Entry of a (capability, bytes per element) table: the newest that is not above the device."""
     here = machine(tensor).capability
     known = max(capability for capability, _ in table if capability <= here)
     return table[known, tensor.element_size()]
@@ -61,8 +60,7 @@ def keep_where(weight, value):
 
 @triton.jit
 def wide_sum(x):
-    """Sum over all lanes in fp64: once per program it costs nothing, and the order stops to
-    matter."""
+    """Sum over all lanes in fp64: once per program it costs nothing, and nothing is lost in it."""
     return tl.sum(x.to(tl.float64))
 
 
@@ -77,8 +75,7 @@ def moved_cross(cross, total, factor, shift):
 
 @triton.jit
 def moved_gap(gap, total, left_factor, right_factor):
-    """Sum of left weights less right ones after each shrank by its factor; total is that of the
-    right."""
+    """Sum of left less right weights after each shrank by its factor; total is the right sum."""
     return left_factor * gap + (left_factor - right_factor) * total
 
 

@@ -88,8 +88,7 @@ def _softmax_ranges(
     student_ptr, teacher_ptr, ranges_ptr, V, tiles, stride_s, stride_t, to_base_2,
     KIND: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Both online softmaxes and the cross sum over one range of one row -> ranges (T, 6,
-    SPLITS)."""
+    """Maxima, sums, gap and cross sum over one range of one row -> ranges (T, 6, SPLITS)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student_ptr += row * stride_s
     teacher_ptr += row * stride_t
@@ -166,8 +165,7 @@ def _mixture_ranges(
     student_ptr, teacher_ptr, statistics_ptr, ranges_ptr, V, tiles, stride_s, stride_t,
     inverse_temperature, beta, rest, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """KL(p || m), KL(q || m), sum p and sum q over one range of one row -> ranges (T, 4,
-    SPLITS)."""
+    """KL(p || m), KL(q || m), sum p, sum q over one range of one row -> ranges (T, 4, SPLITS)."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student_ptr += row * stride_s
     teacher_ptr += row * stride_t
@@ -284,8 +282,7 @@ def divergence_backward(
     grad: Tensor, student: Tensor, teacher: Tensor, statistics: Tensor, kind: str, beta: float,
     temperature: float,
 ) -> Tensor:  # fmt: skip
-    """Upstream (T,) and what the forward saw and kept -> gradient of the student's logits (T,
-    V)."""
+    """Upstream (T,), and what the forward saw and kept -> the student's gradient (T, V)."""
     rows, vocabulary = student.shape
     gradient = student.new_empty(rows, vocabulary)
     if rows == 0:

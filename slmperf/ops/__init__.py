@@ -17,8 +17,8 @@ Adding an op, say `gain`
     its last lines; row maths in `gain_rows.h`, compiled once per instruction set, intrinsics only
     in `vec.h`) and `triton_kernels/gain.py` (docstring, config table, device helpers, kernels,
     launcher).
-3.  One family of cases in `slmperf/testing/cases.py`: inputs that can fail, bytes and flops.
-    That alone puts the op into the battery (tests/test_ops.py), the offline compilation
+3.  One family of cases in `slmperf/testing/cases.py`: inputs that can fail, bytes moved. That
+    alone puts the op into the battery (tests/test_ops.py), the offline compilation
     (tests/test_kernels_compile.py) and the bench (bench/gpu_check.py).
 4.  Its name here, and its numeric targets in bench/targets.toml.
 """

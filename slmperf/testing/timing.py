@@ -94,8 +94,7 @@ def copy_roof_gbs(device: str, mib: int | None = None) -> float:
 
 
 def peak_mib(call: Call, device: str) -> float | None:
-    """MiB that a call holds at most beyond what was there before; None where nobody counts
-    (CPU)."""
+    """MiB that a call holds at most beyond what was there before; None on a CPU: nobody counts."""
     if device != "cuda":
         return None
     call()
