@@ -6,6 +6,7 @@ module raises `slmperf.check.InputError`, or lets the OSError of a path through.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,8 +44,9 @@ def _options(
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints and the report.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(help="Folder for checkpoints and the report; runs/RECIPE if not given."),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Interactions or prompts, instead of what the recipe names."),
@@ -56,7 +58,7 @@ def run(
     """
     from slmperf import recipe as recipes
 
-    recipes.run(recipe, out, data=data)
+    recipes.run(recipe, out or Path("runs") / recipe.stem, data=data)
 
 
 @app.command()
@@ -128,6 +130,8 @@ def main() -> None:
     """Entry point: run the command; a user's mistake becomes one line and exit code 2."""
     from slmperf.check import InputError
 
+    # Everything runs on local files; no library asks a model hub on our behalf.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         code = app(standalone_mode=False)
     except InputError as error:

@@ -25,7 +25,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ([], "Missing command"),
         (["prise"], "No such command 'prise'"),
-        (["run", "recipe.yaml"], "--out"),
+        (["run", "recipe.yaml"], "recipe.yaml: expected a recipe"),
         (["run", "--outt", "x", "recipe.yaml"], "--outt"),
         (["doctor", "--jsn"], "--jsn"),
     ],

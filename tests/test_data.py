@@ -94,7 +94,7 @@ GOODBOOKS = {
 
 def test_movielens_csv(tmp_path):
     data = read_interactions(write(tmp_path, MOVIELENS))
-    assert data.scale == 5 and not data.synthetic and data.source == str(tmp_path)
+    assert data.scale == 5 and not data.synthetic and data.source == tmp_path.name
     assert data.item_texts == ("Matrix, The (1999) | Action | Sci-Fi", "Élan (2001)")
     assert data.member_names == ("7", "9")
     assert data.time.tolist() == [10, 20, 30]

@@ -354,7 +354,8 @@ def prompt_line(**changes: object) -> str:
         ([prompt_line(history=[])], "prompts.jsonl line 1: history is empty"),
         ([prompt_line(), "{"], "prompts.jsonl line 2: expected one JSON object"),
         ([], "prompts.jsonl: no prompts"),
-        ([prompt_line()], "expected candidates with label 0 and 1"),
+        ([prompt_line()], "prompts.jsonl: no prompt is early enough to train on"),
+        ([prompt_line()] * 5, "expected candidates with label 0 and 1"),
     ],
 )
 def test_bad_prompts(capsys, monkeypatch, tmp_path, lines, said):

@@ -40,14 +40,33 @@ def training_texts(
     return dict(texts)
 
 
-def prompt_texts(prompts: Iterable[Prompt]) -> dict[str, int]:
-    """The same for prompts read from JSONL."""
+def prompt_texts(prompts: Sequence[Prompt], history: float = 0.8) -> dict[str, int]:
+    """The same for prompts read from JSONL: the texts of those that `from_prompts` trains on."""
     texts: Counter[str] = Counter()
-    for prompt in prompts:
-        texts.update((clean(prompt.task), member_line(prompt.member), clean(prompt.candidate)))
-        for text, action in prompt.history:
-            texts.update((clean(text), " " + clean(action)))
+    for numbers in by_owner(prompts).values():
+        for number in numbers[: trained(numbers, history)]:
+            prompt = prompts[number]
+            texts.update((clean(prompt.task), member_line(prompt.member), clean(prompt.candidate)))
+            for text, action in prompt.history:
+                texts.update((clean(text), " " + clean(action)))
     return dict(texts)
+
+
+def by_owner(prompts: Sequence[Prompt]) -> dict[tuple[str, int], list[int]]:
+    """(task, member) -> places of its prompts in order of time, ties in the order of lines."""
+    names: dict[str, int] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        member = names.setdefault(prompt.member, len(names))
+        groups.setdefault((prompt.task, member), []).append(number)
+    for numbers in groups.values():
+        numbers.sort(key=lambda number: prompts[number].time)  # stable
+    return groups
+
+
+def trained(numbers: Sequence[int], history: float) -> int:
+    """How many of one owner's prompts, the first in time, are trained on; the rest are scored."""
+    return int(history * len(numbers) + 1e-9)
 
 
 class PromptBuilder:
@@ -259,16 +278,10 @@ class PromptBuilder:
         """
         texts = {text: i for i, text in enumerate(_texts(prompts))}
         items = self._encode_items(list(texts))
-        names: dict[str, int] = {}
-        groups: dict[tuple[str, int], list[int]] = {}
-        for number, prompt in enumerate(prompts):
-            member = names.setdefault(prompt.member, len(names))
-            groups.setdefault((prompt.task, member), []).append(number)
         sequences: list[TrainingSequence] = []
         ranking: list[RankingPrompt] = []
-        for owner, numbers in groups.items():
-            numbers.sort(key=lambda number: prompts[number].time)  # stable: ties keep their order
-            known = int(history * len(numbers) + 1e-9)
+        for owner, numbers in by_owner(prompts).items():
+            known = trained(numbers, history)
             first = prompts[numbers[0]]
             preamble = self._preamble(*self._encode([clean(first.task), member_line(first.member)]))
             for part, training in ((numbers[:known], True), (numbers[known:], False)):

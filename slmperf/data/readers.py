@@ -295,5 +295,5 @@ def read_interactions(path: str | Path) -> Interactions:
         scale=10 if rating.max() > 5 else 5,
         member_names=[clean(name) for name in member_index],
         item_texts=item_texts,
-        source=str(folder),
+        source=folder.name,
     )

@@ -27,7 +27,6 @@ from slmperf.check import InputError
 from slmperf.data.interactions import Interactions
 from slmperf.data.template import item_text
 
-# One theme a line: two genres; moods; titles.
 # Eight themes: genres; moods; titles.
 _THEMES = (
     (

@@ -11,6 +11,7 @@ zero, in fp32.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -190,6 +191,11 @@ class _Reporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
         trainer.losses.append(float(trainer._step_loss))
+        if not math.isfinite(trainer.losses[-1]):
+            raise InputError(
+                f"{trainer.name}: the loss is {trainer.losses[-1]} at step {step}, expected a "
+                "finite one: try a lower learning_rate"
+            )
         trainer._step_loss.zero_()
         last = step == state.max_steps
         speed = trainer.clock.tokens_per_second

@@ -5,7 +5,7 @@ run.log                 what happened, with the time
 tokenizer/              the tokenizer of all stages (each checkpoint holds it too)
 <stage>/                checkpoint, scores.safetensors, manifest.json (last)
 <stage>.training/       checkpoints of its training; gone when the stage is finished
-floors.safetensors      scores of the trivial predictors
+floors/                 scores of the trivial predictors, to compare others with
 timings.json            latency of all stages
 results.json, report.md, report.html
 """

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Seed of the draws that all stages share: members that are scored, members that are learned from.
+# One draw for both: where all members have candidates, those of a small subset are scored ones.
 DRAW = 0
 
 
@@ -135,7 +136,12 @@ def _of_prompts(settings: Data, prompts: list[Prompt], source: str) -> Material:
         raise InputError(f"data.validation: expected 0 for prompts, found {settings.validation:g}")
     names = _task_names(settings, list(dict.fromkeys(prompt.task for prompt in prompts)))
     prompts = [prompt for prompt in prompts if prompt.task in names]
-    tokenizer = source_data.train_tokenizer(source_data.prompt_texts(prompts), settings.vocabulary)
+    texts = source_data.prompt_texts(prompts, settings.history)
+    if not texts:
+        raise InputError(
+            f"{source}: no prompt is early enough to train on, expected several of a member and task"
+        )
+    tokenizer = source_data.train_tokenizer(texts, settings.vocabulary)
     tasks = [Task(name, name, 1.0) for name in names]
     builder = PromptBuilder(tokenizer, tasks, settings.context, facts=False)
     training, ranking = builder.from_prompts(prompts, settings.history)

@@ -20,7 +20,7 @@ from slmperf.recipe.schema import (
     Stage,
 )
 
-RESERVED = ("tokenizer", "report")  # other things in the output folder
+RESERVED = ("tokenizer", "floors")  # other folders in the output folder
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def _main_notes(results: Results) -> list[str]:
     if any(stage.kind == "floor" for stage in results.stages):
         text += " Floors use history rows only."
     if seeds > 1:
-        text += f" Means of {seeds} seeds; each stands below."
+        text += f" Means of {seeds} seeds where a stage has them; each stands below."
     return [text, *results.notes]
 
 

@@ -22,6 +22,7 @@ from slmperf.models.files import write_atomically, write_folder
 from slmperf.recipe import folder as folders
 from slmperf.recipe import manifest as manifests
 from slmperf.recipe import material as materials
+from slmperf.recipe import timing
 from slmperf.recipe.console import Voice
 from slmperf.recipe.manifest import SCORES, Manifest
 from slmperf.recipe.material import Material
@@ -32,7 +33,6 @@ from slmperf.recipe.schema import Recipe
 from slmperf.recipe.scoring import read_run, score, write_run
 from slmperf.recipe.stages import check_training, make, settings_of
 from slmperf.recipe.tables import tabulate
-from slmperf.recipe.timing import measure
 
 INPUTS = "inputs.json"  # in the folder of a training: what it was begun from
 LOG = "train.log"  # there too: slmperf.distill's
@@ -60,14 +60,17 @@ def run(recipe: Recipe | str | Path, out: str | Path, *, data: str | Path | None
     rows = materials.read(recipe.data, source)
     voice.say(_opening(source, len(rows)))
     with _blame(blamed):
-        material = materials.prepare(recipe.data, rows, str(source))
+        material = materials.prepare(recipe.data, rows, source.name if source else "")
         check_training(jobs, material)
+        timing.check(recipe.timing, material)
     out = Path(out)
     folders.check(out, recipe, material)
     known = {job.folder: _earlier(out / job.folder) for job in jobs}
+    begun_before = (out / folders.RUN).is_file()
     with folders.claim(out, recipe, material):
         voice.log_to(out / "run.log")
-        return _Run(recipe, jobs, material, out, voice, known).finish(started, command)
+        work = _Run(recipe, jobs, material, out, voice, known)
+        return work.finish(None if begun_before else started, command)
 
 
 @contextlib.contextmanager
@@ -114,8 +117,8 @@ class _Run:
         self.out, self.voice, self.known = out, voice, known
         self.done: dict[str, Manifest] = {}
 
-    def finish(self, started: float, command: str) -> Results:
-        """All stages, floors, timings, tables."""
+    def finish(self, started: float | None, command: str) -> Results:
+        """All stages, floors, timings, tables. started: None for a run that goes on."""
         with write_folder(self.out / "tokenizer") as aside:
             self.material.tokenizer.save_pretrained(aside)
         for number, job in enumerate(self.jobs, 1):
@@ -129,14 +132,13 @@ class _Run:
             self.recipe, self.jobs, self.done, scores, floors, latencies, self.material
         )
         results.command = command
-        if not any(self.known.values()):  # of a run in several parts the last is not the whole
+        if started is not None:  # of a run in several parts the last is not the whole
             results.seconds = round(time.perf_counter() - started, 1)
         write_atomically(self.out / "results.json", results.to_json())
         write_report(results, self.out)
         print_table(results)
-        self.voice.say(
-            f"report: {self.out / 'report.html'} ({time.perf_counter() - started:.0f} s)"
-        )
+        took = "" if started is None else f" ({time.perf_counter() - started:.0f} s)"
+        self.voice.say(f"report: {self.out / 'report.html'}{took}")
         return results
 
     def _stage(self, job: Job, title: str) -> None:
@@ -232,6 +234,6 @@ class _Run:
             name: (self.out / job.folder, self.done[job.folder]) for name, job in first.items()
         }
         with self.voice.bar("latency") as progress:
-            return measure(
+            return timing.measure(
                 self.recipe.timing, stages, self.material, self.out / "timings.json", progress
             )

@@ -31,7 +31,8 @@ from slmperf.recipe.results import COMPARISONS
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=60)]
+# No dots: `<stage>.training` is the folder of a training, `results.json` a file of the run.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 
 
 class _Strict(BaseModel):

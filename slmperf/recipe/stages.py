@@ -29,7 +29,7 @@ from slmperf.recipe.schema import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from slmperf.data import TrainingSequence
 
@@ -85,9 +85,12 @@ def make(
     return Made(model, training=training)
 
 
-def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrainedModel:
-    """A model of this shape with weights drawn from `seed`: Mixtral with experts, Llama without."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+def model_config(shape: Shape, vocabulary: int, context: int) -> PreTrainedConfig:
+    """The Transformers configuration of a shape: Mixtral with experts, Llama without.
+
+    ValueError, from Transformers, for a shape that it refuses.
+    """
+    from transformers import LlamaConfig, MixtralConfig
 
     common = {
         "vocab_size": vocabulary,
@@ -106,17 +109,25 @@ def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrai
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    torch.manual_seed(seed)
     if shape.experts is None:
-        return AutoModelForCausalLM.from_config(LlamaConfig(**common))
-    config = MixtralConfig(
+        return LlamaConfig(**common)
+    return MixtralConfig(
         **common,
         num_local_experts=shape.experts,
         num_experts_per_tok=shape.experts_per_token,
         sliding_window=None,
     )
+
+
+def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrainedModel:
+    """A model of this shape with weights drawn from `seed`."""
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(shape, vocabulary, context)
     # The default implementation loops over the experts: 30 times slower on a CPU.
-    return AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    experts = {} if shape.experts is None else {"experts_implementation": "grouped_mm"}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, **experts)
 
 
 def training_config(training: Training, context: int, seed: int) -> DistillationConfig:
@@ -171,8 +182,13 @@ def calibration(sequences: list[TrainingSequence], count: int) -> Iterator[dict[
 
 
 def check_training(jobs: list[Job], material: Material) -> None:
-    """Everything about the trainings that would only show once they start."""
+    """Everything about models and trainings that would only show once they are made."""
     for job in jobs:
+        try:
+            model_config(job.shape, len(material.tokenizer), material.builder.context)
+        except Exception as error:  # Transformers has no one type for what it refuses
+            reason = " ".join(str(error).split())
+            raise InputError(f"stages ({job.stage.name}): Transformers refuses: {reason}") from None
         training, subset = getattr(job.stage, "training", None), getattr(job.stage, "subset", None)
         if training is not None:
             try:

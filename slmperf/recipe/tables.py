@@ -39,10 +39,11 @@ def tabulate(
     material: Material,
 ) -> Results:
     """The whole of a run. manifests and scores: by folder of the job; latencies: by stage."""
-    runs: dict[str, list[Run]] = {}  # stage -> one per seed
+    by_seed: dict[str, dict[int, Run]] = {}  # stage -> seed -> run
     for job in jobs:
         if job.folder in scores:
-            runs.setdefault(job.stage.name, []).append(scores[job.folder])
+            by_seed.setdefault(job.stage.name, {})[job.seed] = scores[job.folder]
+    runs = {name: list(found.values()) for name, found in by_seed.items()}
     results = Results(
         recipe=recipe.name,
         data=material.facts,
@@ -65,13 +66,16 @@ def tabulate(
             _add_intervals(row, runs[stage.name], base, is_base=stage.name == reference)
             results.stages.append(row)
     results.comparisons = [
-        _comparison(kind, recipe.tables[kind], results, runs)
+        _comparison(kind, recipe.tables[kind], results, by_seed)
         for kind in COMPARISONS
         if kind in recipe.tables
     ]
     results.parities = _parities(jobs, scores)
     if base is not None and reference is not None and floors:
         results.notes.append(_against_floor(reference, base, floors))
+    if {"kd", "sft"} <= recipe.tables.get("distillation", {}).keys():
+        kd, sft = (recipe.tables["distillation"][role] for role in ("kd", "sft"))
+        results.notes.append(_gap(f"{kd} minus {sft}", *_same_seeds(by_seed[kd], by_seed[sft])))
     return results
 
 
@@ -120,7 +124,10 @@ def _interval(estimate: Estimate) -> Interval:
 
 
 def _comparison(
-    kind: str, stages: Mapping[str, str], results: Results, runs: Mapping[str, list[Run]]
+    kind: str,
+    stages: Mapping[str, str],
+    results: Results,
+    by_seed: Mapping[str, Mapping[int, Run]],
 ) -> Comparison:
     baseline = stages[COMPARISONS[kind][0]]
     table = Comparison(kind)
@@ -140,7 +147,7 @@ def _comparison(
             auc_by_seed=[seed.auc_mean for seed in stage.seeds],
         )
         if name != baseline:
-            found = delta(runs[name], runs[baseline])
+            found = delta(*_same_seeds(by_seed[name], by_seed[baseline]))
             row.delta_pct, row.delta_interval = found.value, _interval(found)
         table.rows.append(row)
     return table
@@ -159,12 +166,23 @@ def _parities(jobs: Sequence[Job], scores: Mapping[str, Run]) -> list[ParityResu
 
 def _against_floor(name: str, runs: list[Run], floors: Mapping[str, Run]) -> str:
     best = max(floors, key=lambda one: metrics(floors[one], seed=0).auc_mean)
-    gap = difference(runs, [floors[best]])
+    return _gap(f"{name} minus the best floor ({best})", runs, [floors[best]])
+
+
+def _same_seeds(runs: Mapping[int, Run], base: Mapping[int, Run]) -> tuple[list[Run], list[Run]]:
+    """Runs to compare: of the seeds that both have, or all where a seed of `runs` is not in `base`.
+
+    A model pruned from the student of seed 0 is held against that student, not the mean of three.
+    """
+    if set(runs) <= set(base):
+        return list(runs.values()), [base[seed] for seed in runs]
+    return list(runs.values()), list(base.values())
+
+
+def _gap(what: str, runs: list[Run], base: list[Run]) -> str:
+    gap = difference(runs, base)
     seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
-    return (
-        f"{name} minus the best floor ({best}): {gap.value:+.4f} AUC "
-        f"[{gap.low:+.4f}, {gap.high:+.4f}]{seeds}."
-    )
+    return f"{what}: {gap.value:+.4f} AUC [{gap.low:+.4f}, {gap.high:+.4f}]{seeds}."
 
 
 def _machine() -> dict[str, str]:

@@ -14,12 +14,24 @@ from typing import Any
 import numpy as np
 
 from slmperf import arch, models
+from slmperf.check import InputError
 from slmperf.engine import Engine, layer_split, prefill_latency, rank_latency
 from slmperf.models.files import write_atomically
 from slmperf.recipe.manifest import Manifest, digest
 from slmperf.recipe.material import Material
 from slmperf.recipe.results import StageLatency
 from slmperf.recipe.schema import Timing
+
+
+def check(timing: Timing, material: Material) -> None:
+    """InputError for a context that the models will not know or that no candidate fits into."""
+    limit, candidate = material.builder.context, _candidate_tokens(material)
+    context = timing.context or limit
+    if not candidate < context <= limit:
+        raise InputError(
+            f"timing.context: expected {candidate + 1} (a candidate and a token before it) "
+            f"to {limit} (data.context), found {context}"
+        )
 
 
 def measure(
