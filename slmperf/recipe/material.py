@@ -139,7 +139,8 @@ def _of_prompts(settings: Data, prompts: list[Prompt], source: str) -> Material:
     texts = source_data.prompt_texts(prompts, settings.history)
     if not texts:
         raise InputError(
-            f"{source}: no prompt is early enough to train on, expected several of a member and task"
+            f"{source}: no prompt is early enough to train on, "
+            "expected several of a member and task"
         )
     tokenizer = source_data.train_tokenizer(texts, settings.vocabulary)
     tasks = [Task(name, name, 1.0) for name in names]
