@@ -34,6 +34,12 @@ STAGES = [
     "narrow-kd",
     "fewer-heads",
     "int8",
+    "narrow-sft",
+    "step-2",
+    "step-2-kd",
+    "one-step",
+    "one-step-kd",
+    "heads-kd",
 ]
 
 
@@ -148,9 +154,12 @@ def test_results_hold_floors_intervals_tables_and_latency(undisturbed, rows):
     assert [seed.seed for seed in twin.seeds] == [0, 1]
     assert twin.seeds[0].auc_mean != twin.seeds[1].auc_mean
     kinds = [table.kind for table in results.comparisons]
-    assert kinds == ["distillation", "attention"]
+    assert kinds == ["distillation", "after_pruning", "one_shot", "gradual", "attention"]
     assert [row.role for row in results.comparisons[0].rows] == ["baseline", "kd", "sft"]
     assert results.comparisons[0].rows[0].delta_pct == 0.0
+    # The student has seed 0 alone and is held against the twin of that seed.
+    gap = results.stage("student").seeds[0].auc_mean - twin.seeds[0].auc_mean
+    assert f"student minus student-sft: {gap:+.4f} AUC" in results.notes[1]
     pairs = [(one.stage_a, one.stage_b) for one in results.parities]
     assert ("fewer-heads", "int8") in pairs and ("student", "narrow-kd") in pairs
     assert Results.from_json((out / "results.json").read_text()) == results
@@ -268,6 +277,8 @@ def refused(capsys, monkeypatch, recipe: Path, out: Path, data: Path | None = No
         ("stage: quantise", "stage: quantize", "stages[6] (int8).stage: unknown stage 'quantize'"),
         ("kv_heads: 1,", "kv_heads: 9,", "kv_heads: expected less than the 2 KV heads"),
         ("kv_heads: 1,", "kv_heads: 2,", "kv_heads: expected less than the 2 KV heads"),
+        ("timing: {context: 64", "timing: {context: 640", "timing.context: expected"),
+        ("name: narrow,", "name: narrow.training,", "stages[3] (narrow.training).name: "),
         ("kv_heads: 1,", "kv_heads: 0,", "kv_heads: expected greater than or equal to 1, found 0"),
         ("intermediate: 24", "intermediate: 480", "expected less than the 48 neurons"),
         ("from: student,", "from: sutdent,", "stages[3] (narrow).from: no stage is named 'sutd"),
