@@ -1,7 +1,8 @@
 """Interactions (who rated what, how high, when), the two tasks on them, and the split by time.
 
 Rows are sorted by (time, order in the file): "earlier" below always means earlier in this order,
-and "strictly earlier" means an earlier time, so that rows with equal times do not see each other.
+and "strictly earlier" an earlier time. Facts and the history before a candidate are strictly
+earlier; inside a training sequence, rows of equal time stand in the order of the file.
 A member may rate an item more than once: every such row is kept, because each was true at its time.
 """
 

@@ -26,7 +26,7 @@ from slmperf.data import (
     Task,
     TrainingSequence,
 )
-from slmperf.evaluate import Run, floors
+from slmperf.evaluate import Run, floor_runs
 from slmperf.recipe.manifest import digest
 from slmperf.recipe.results import DataFacts
 from slmperf.recipe.schema import Data, Subset
@@ -73,13 +73,10 @@ class Material:
         scored = np.concatenate([prompt.rows for prompt in self.prompts])
         runs: dict[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         for interactions, split, task, numbers in self.labelled:
-            rows = np.flatnonzero(split.candidate)
-            kept = np.isin(numbers[rows], scored)
-            labels = task.labels(interactions)[rows]
-            members = interactions.member[rows].astype(np.int64)
-            for name, scores in floors(interactions, split, task).items():
-                found = scores[kept], labels[kept], members[kept]
-                runs.setdefault(name, {})[task.name] = found
+            kept = np.isin(numbers[split.candidate], scored)
+            for name, run in floor_runs(interactions, split, [task]).items():
+                scores, labels, members = run[task.name]
+                runs.setdefault(name, {})[task.name] = scores[kept], labels[kept], members[kept]
         return dict(runs)
 
     def check_subset(self, subset: Subset, where: str) -> None:
