@@ -115,12 +115,12 @@ def latency_plot(results: Results) -> str | None:
     left.invert_yaxis()
     left.margins(x=0.15)
     left.set_xlabel("ms")
-    left.set_title(f"prefill, {first.context} tokens (line: to the 90th percentile)", fontsize=10)
+    left.set_title(f"prefill, {first.context} tokens\n(line: to the 90th percentile)", fontsize=10)
     right.set_xscale("log")
     right.margins(x=0.15)
     right.set_xlabel("ms, logarithmic")
     right.set_title(
-        f"rank {first.candidates}: whole prompts (grey), prefix cached (colour)", fontsize=10
+        f"rank {first.candidates}: whole prompts (grey),\nprefix cached (colour)", fontsize=10
     )
     for axes in (left, right):
         _clean(axes)
