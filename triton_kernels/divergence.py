@@ -12,7 +12,7 @@ first and reads the logits again.
     bytes per logit (e: bytes of an element)   forward 2e (JSD 4e), backward 3e
 
 All maths is fp32, but for the sums over lanes and ranges, which are fp64. Statistics per row as
-in slmperf/ops/divergence.py: (T, 5).
+in slmperf/ops/divergence.py: (T, 6).
 """
 
 from __future__ import annotations
@@ -152,12 +152,14 @@ def _join_softmax(
         total = tl.sum(moved_cross(cross, s_sum, s_factor, s_shift - t_shift))
         centre = total / s_total
         tl.store(value_ptr + row, centre * inverse_temperature - log_sum_gap)
-    statistics_ptr += row * 5
+    statistics_ptr += row * 6
     tl.store(statistics_ptr, s_top)
     tl.store(statistics_ptr + 1, s_log_sum)
     tl.store(statistics_ptr + 2, t_top)
     tl.store(statistics_ptr + 3, log_sum_gap)
-    tl.store(statistics_ptr + 4, centre)
+    rounded = centre.to(tl.float32)
+    tl.store(statistics_ptr + 4, rounded)
+    tl.store(statistics_ptr + 5, centre - rounded)
 
 
 @triton.jit
@@ -175,8 +177,8 @@ def _mixture_ranges(
     q_sum = tl.zeros([BLOCK_V], tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
         s, t = _load(student_ptr, tile, V, BLOCK_V), _load(teacher_ptr, tile, V, BLOCK_V)
-        log_q, log_p, x_gap = _normal(s, t, statistics_ptr + row * 5, inverse_temperature)
-        log_ratio = x_gap * inverse_temperature - tl.load(statistics_ptr + row * 5 + 3)
+        log_q, log_p, x_gap = _normal(s, t, statistics_ptr + row * 6, inverse_temperature)
+        log_ratio = x_gap * inverse_temperature - tl.load(statistics_ptr + row * 6 + 3)
         of_teacher, of_student = _to_mixture(log_ratio, beta, rest)
         p, q = tl.exp(log_p), tl.exp(log_q)
         teacher_kl += p * keep_where(p, of_teacher)
@@ -203,7 +205,9 @@ def _join_mixture(ranges_ptr, value_ptr, statistics_ptr, beta, rest, SPLITS: tl.
     teacher_kl /= tl.sum(tl.load(split + 2 * SPLITS))
     student_kl /= tl.sum(tl.load(split + 3 * SPLITS))
     tl.store(value_ptr + row, beta * teacher_kl + rest * student_kl)
-    tl.store(statistics_ptr + row * 5 + 4, student_kl)
+    rounded = student_kl.to(tl.float32)
+    tl.store(statistics_ptr + row * 6 + 4, rounded)
+    tl.store(statistics_ptr + row * 6 + 5, student_kl - rounded)
 
 
 @triton.jit
@@ -215,10 +219,11 @@ def _gradient(
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s = _load(student_ptr + row * stride_s, tile, V, BLOCK_V)
     t = _load(teacher_ptr + row * stride_t, tile, V, BLOCK_V)
-    statistics_ptr += row * 5
+    statistics_ptr += row * 6
     log_q, log_p, x_gap = _normal(s, t, statistics_ptr, inverse_temperature)
     log_ratio = x_gap * inverse_temperature - tl.load(statistics_ptr + 3)
     q, centre = tl.exp(log_q), tl.load(statistics_ptr + 4)
+    centre_rest = tl.load(statistics_ptr + 5)
     factor = tl.load(grad_ptr + row * stride_g) * inverse_temperature
     if KIND == "forward_kl":
         # q - p as the larger of them times 1 - e^-|l|: accurate where they are nearly equal
@@ -226,10 +231,10 @@ def _gradient(
         gap = more * keep_where(more, expm1_negative(-tl.abs(log_ratio)))
         gradient = factor * tl.where(log_ratio > 0.0, -gap, gap)
     if KIND == "reverse_kl":
-        gradient = factor * inverse_temperature * (q * keep_where(q, x_gap - centre))
+        gradient = factor * inverse_temperature * (q * keep_where(q, x_gap - centre - centre_rest))
     if KIND == "jsd":
         _, of_student = _to_mixture(log_ratio, beta, rest)
-        gradient = factor * rest * (q * keep_where(q, of_student - centre))
+        gradient = factor * rest * (q * keep_where(q, of_student - centre - centre_rest))
     offsets = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     out = out_ptr + row * V + offsets
     tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=offsets < V)
@@ -243,10 +248,10 @@ def _packed_rows(logits: Tensor) -> Tensor:
 def divergence_forward(
     student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(T, V) logits x 2 -> value (T,) and statistics (T, 5), both fp32."""
+    """(T, V) logits x 2 -> value (T,) and statistics (T, 6), both fp32."""
     rows, vocabulary = student.shape
     value = student.new_empty(rows, dtype=torch.float32)
-    statistics = student.new_empty(rows, 5, dtype=torch.float32)
+    statistics = student.new_empty(rows, 6, dtype=torch.float32)
     if rows == 0:
         return value, statistics
     student, teacher = _packed_rows(student), _packed_rows(teacher)

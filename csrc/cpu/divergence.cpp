@@ -1,5 +1,5 @@
 // divergence on CPU: one row per task, so no result depends on the number of threads.
-// (T, V), (T, V) -> (T,) and (T, 5); backward (T,), ... -> (T, V). fp32, bf16, fp16.
+// (T, V), (T, V) -> (T,) and (T, 6); backward (T,), ... -> (T, V). fp32, bf16, fp16.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -108,7 +108,7 @@ Tensor backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, 
   const int64_t rows = student.size(0), vocabulary = student.size(1);
   check_shape(kOp, "grad", grad, {{"T", rows}});
   check_dtype(kOp, "grad", grad, ScalarType::Float);
-  check_shape(kOp, "statistics", statistics, {{"T", rows}, {"5", kStatistics}});
+  check_shape(kOp, "statistics", statistics, {{"T", rows}, {"6", kStatistics}});
   check_dtype(kOp, "statistics", statistics, ScalarType::Float);
   Tensor gradient = torch::stable::new_empty(student, {rows, vocabulary});
   const Tensor student_rows = packed_rows(student), teacher_rows = packed_rows(teacher);

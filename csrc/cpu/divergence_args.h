@@ -13,10 +13,10 @@ struct Settings {
   double temperature;  // > 0
 };
 
-// Kept per row by the forward for the backward, (T, 5) fp32; columns as in
+// Kept per row by the forward for the backward, (T, 6) fp32; columns as in
 // slmperf/ops/divergence.py.
 struct Statistics {
-  float student_max, student_log_sum, teacher_max, log_sum_gap, centre;
+  float student_max, student_log_sum, teacher_max, log_sum_gap, centre, centre_rest;
 };
 
 template <class T>

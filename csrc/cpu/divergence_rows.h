@@ -187,7 +187,7 @@ ToMixture to_mixture(const T* student, const T* teacher, int64_t vocabulary, con
   return {teacher_kl / p_total, student_kl / q_total};
 }
 
-// Rows [begin, end): value (T,) and statistics (T, 5).
+// Rows [begin, end): value (T,) and statistics (T, 6).
 template <class T>
 void forward_rows(const Logits<T>& logits, const Settings& settings, float* value,
                   Statistics* statistics, int64_t begin, int64_t end) {
@@ -217,6 +217,7 @@ void forward_rows(const Logits<T>& logits, const Settings& settings, float* valu
     }
     value[row] = static_cast<float>(result);
     kept.centre = static_cast<float>(centre);
+    kept.centre_rest = static_cast<float>(centre - kept.centre);
   }
 }
 
@@ -243,6 +244,7 @@ void backward_rows(const Logits<T>& logits, const Settings& settings, const floa
     T* out = gradient + row * vocabulary;
     const Normal normal(statistics[row], settings.temperature);
     const Vec centre = splat(statistics[row].centre);
+    const Vec centre_rest = splat(statistics[row].centre_rest);
     const double scale = double{upstream[row * upstream_stride]} * inverse_temperature;
     if (settings.kind == Kind::forward_kl) {
       // q - p as the larger of them times 1 - e^-|l|: accurate where they are nearly equal.
@@ -257,7 +259,7 @@ void backward_rows(const Logits<T>& logits, const Settings& settings, const floa
       const Vec factor = splat(static_cast<float>(scale * inverse_temperature));
       gradient_row(student, teacher, out, vocabulary, [&](Vec s, Vec t) {
         const Vec q = exp(normal.log_q(s));
-        return factor * (q * where_nonzero(q, normal.x_gap(s, t) - centre));
+        return factor * (q * where_nonzero(q, normal.x_gap(s, t) - centre - centre_rest));
       });
     } else {
       const Vec factor = splat(static_cast<float>(scale * (1.0 - settings.beta)));
@@ -265,7 +267,7 @@ void backward_rows(const Logits<T>& logits, const Settings& settings, const floa
       gradient_row(student, teacher, out, vocabulary, [&](Vec s, Vec t) {
         const Vec q = exp(normal.log_q(s));
         const Vec ratio = mixture(normal.log_ratio(s, t)).student;
-        return factor * (q * where_nonzero(q, ratio - centre));
+        return factor * (q * where_nonzero(q, ratio - centre - centre_rest));
       });
     }
   }

@@ -82,8 +82,9 @@ SCHEMA_BACKWARD = (
 # largest: [0] the student's largest logit, [1] log sum exp(x / temperature) of the student,
 # [2] the teacher's largest logit, [3] the student's log-sum less the teacher's, [4] what centres
 # the gradient. For ReverseKL that is the mean under q of x_student - x_teacher, in which the
-# log-sums cancel; for the JSD KL(q || m); for ForwardKL 0.
-STATISTICS = 5
+# log-sums cancel; for the JSD KL(q || m); for ForwardKL 0. [5] is what rounding took from [4]:
+# where the models are apart, the gradient is a small difference from it.
+STATISTICS = 6
 
 
 def divergence_reference(
