@@ -21,6 +21,14 @@ class Shaped(Protocol):
         ...
 
 
+def parse_tokens(text: str, what: str = "context") -> int:
+    """ "4096" or "4k" (of 1024) -> 4096; InputError for anything that is no whole number >= 1."""
+    digits, unit = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        raise InputError(f"{what} is {text!r}, expected a number of tokens such as 4096 or 4k")
+    return int(digits) * unit
+
+
 def check_shapes(op: str, **named: tuple[Shaped, str]) -> dict[str, int]:
     """Check that the same letter means the same size in every argument; return the sizes.
 

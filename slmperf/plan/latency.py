@@ -1,0 +1,399 @@
+"""latency: how long a prefill or a decode step takes, from shapes and a few physical constants.
+
+A forward pass of n new tokens over l layers on `ranks` GPUs (tensor parallel) takes
+
+    gemm         2 n (weights of the layers' matrices) / (ranks gemm_tflops)
+    attention    4 l H C (pairs of query and visible key) / (ranks attention_tflops)
+    allreduce    l 2 (2 (ranks - 1) / ranks) n D 2 bytes / allreduce_gbs          (ring, bf16)
+    elementwise  l n (bytes that norms, rope, activation and quantisation move) / memory_gbs
+    token        n token_us       whatever is paid per token and not per weight: tokenisation,
+                                  paging, unfused passes
+    fixed        fixed_ms         whatever is paid per forward pass
+
+and never less than reading the weights (gemm) or the cached keys and values (attention) once takes
+at read_gbs: that is what a decode step and a short suffix on a cached prefix cost. A cold prompt of
+L tokens has L^2 / 2 pairs. Rates are what the serving stack reached, not what a data sheet says.
+
+Fitted on the ten P50 cells of Tables 9 and 10 of arXiv 2502.14305 (8B to 2.1B, 16k and 32k tokens,
+4 x H100, SGLang 0.4.1, FP8), four constants reproduce each of them within 1%. One rate with one
+overhead misses them by up to 30%: the term linear in tokens is as large as all others together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from slmperf.check import InputError
+from slmperf.models.files import write_atomically
+from slmperf.models.shapes import Shape, shape_of
+
+SCHEMA = "slmperf.latency/1"
+
+
+class Scheme(NamedTuple):
+    """What a quantisation scheme stores and computes in."""
+
+    weight_bytes: float  # per weight of a layer's matrix, scales included
+    quantised_activations: bool  # activations are rounded before each matrix product
+
+
+# Per-channel scales are 4 bytes for some thousand weights and left out; groups of 128 have 2 bytes.
+SCHEMES: Mapping[str, Scheme] = {
+    "fp32": Scheme(4.0, False),
+    "bf16": Scheme(2.0, False),
+    "fp8": Scheme(1.0, True),
+    "w8a8": Scheme(1.0, True),
+    "w4a16": Scheme(0.5 + 2 / 128, False),
+}
+KV_BYTES = 2  # bf16 keys and values
+
+
+class Breakdown(NamedTuple):
+    """Milliseconds by term."""
+
+    gemm: float
+    attention: float
+    allreduce: float
+    elementwise: float
+    token: float
+    fixed: float
+
+    @property
+    def layers_ms(self) -> float:
+        """What the layers take: proportional to their number."""
+        return self.gemm + self.attention + self.allreduce + self.elementwise
+
+    @property
+    def total_ms(self) -> float:
+        """The whole."""
+        return sum(self)
+
+
+class Prediction(float):
+    """Milliseconds, as a float, and how far to trust them.
+
+    breakdown      the terms
+    residual_pct   largest error of the model on the measurements it was fitted to, in percent;
+                   None: nothing was measured on this hardware
+    extrapolates   in which ways the question lies outside those measurements; empty: inside
+    """
+
+    breakdown: Breakdown
+    residual_pct: float | None
+    extrapolates: tuple[str, ...]
+
+    def __new__(
+        cls, breakdown: Breakdown, residual_pct: float | None, extrapolates: tuple[str, ...]
+    ) -> Prediction:
+        """The sum of the terms."""
+        made = super().__new__(cls, breakdown.total_ms)
+        made.breakdown, made.residual_pct = breakdown, residual_pct
+        made.extrapolates = extrapolates
+        return made
+
+    def __str__(self) -> str:
+        fitted = "" if self.residual_pct is None else f"fit within {self.residual_pct:.2g}%"
+        return f"{float(self):.4g} ms ({'; '.join(filter(None, (fitted, *self.extrapolates)))})"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the measurements behind a model covered."""
+
+    cells: int = 0  # measurements
+    context: tuple[int, int] = (0, 0)  # least and most tokens of a prompt
+    parameters: tuple[int, int] = (0, 0)
+    tensor_parallel: tuple[int, ...] = ()
+    schemes: tuple[str, ...] = ()
+    hot: bool = False  # prompts on a cached prefix were among them
+    residual_pct: float | None = None  # largest error on them
+    left_out_pct: float | None = None  # largest error on one that was left out of the fit
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Constants of one GPU (or CPU) and serving stack; predicts from them.
+
+    `preset(name)` gives the shipped ones, `load(path)` those that `slmperf plan fit` wrote.
+    """
+
+    name: str
+    source: str  # where the constants are from, in words
+    # Fitted.
+    gemm_tflops: Mapping[str, float]  # by scheme
+    attention_tflops: float
+    token_us: float
+    fixed_ms: float
+    # Given.
+    allreduce_gbs: float
+    memory_gbs: float  # of element-wise passes
+    read_gbs: float  # of weights and cached keys and values
+    device_memory_gb: float
+    fitted: Fitted
+
+    @classmethod
+    def preset(cls, name: str) -> LatencyModel:
+        """A shipped model: "h100-paper", "a100-paper", "h200-paper", or the one that begins so
+        ("h100"). InputError for another name.
+        """
+        folder = resources.files("slmperf.plan") / "presets"
+        names = [entry.name.removesuffix(".json") for entry in folder.iterdir()]
+        fits = [one for one in names if name and one.startswith(name.lower())]
+        if len(fits) != 1:
+            known = ", ".join(sorted(names))
+            raise InputError(f"plan: no preset {name!r}, expected one of {known}")
+        return cls._parse((folder / f"{fits[0]}.json").read_text(encoding="utf-8"), fits[0])
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyModel:
+        """A model that `save` wrote; InputError for anything else."""
+        return cls._parse(Path(path).read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def _parse(cls, text: str, source: str) -> LatencyModel:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{source}: no JSON: {error}") from None
+        found = value.pop("schema", None) if isinstance(value, dict) else None
+        if found != SCHEMA:
+            raise InputError(f"{source}: schema is {found!r}, expected {SCHEMA!r}")
+        try:
+            seen: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in value["fitted"].items()
+            }
+            rates = {k: _number(v) for k, v in value["gemm_tflops"].items()}
+            flat = {k: _number(v) for k, v in value.items() if k not in ("fitted", "gemm_tflops")}
+            return cls(**flat, gemm_tflops=rates, fitted=Fitted(**seen))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{source}: not a latency model: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON that `load` reads."""
+        value = {"schema": SCHEMA, **asdict(self)}
+        for name, number in value.items():
+            if number == math.inf:
+                value[name] = None  # JSON knows no infinity
+        value["gemm_tflops"] = {
+            scheme: None if rate == math.inf else rate for scheme, rate in self.gemm_tflops.items()
+        }
+        write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+    def prefill_ms(
+        self,
+        shape: Shape | str | Path | Mapping[str, Any] | Any,
+        *,
+        context: int,
+        tensor_parallel: int = 1,
+        items: int = 1,
+        item_tokens: int = 128,
+        hot: bool = False,
+        scheme: str = "",
+    ) -> Prediction:
+        """Milliseconds until `items` prompts with a common prefix are answered (TTFT of the last).
+
+        shape        what `slmperf.models.shapes.shape_of` takes: "2.4b", a config, a folder
+        context      tokens of one whole prompt, its own `item_tokens` included
+        items        prompts on the prefix; the first computes it, the others come in one batch
+        hot          the prefix is cached already: only items x item_tokens are computed
+        scheme       of SCHEMES; the first that the model has a rate for if empty
+
+        Raises InputError for sizes that cannot be.
+        """
+        question = self._question(shape, context, tensor_parallel, scheme)
+        works = prefill_works(
+            *question, context=context, items=items, item_tokens=item_tokens, hot=hot
+        )
+        found = [self.times(work, question[2]) for work in works]
+        outside = self._outside(*question, context=context)
+        if (hot or items > 1) and self.fitted.cells and not self.fitted.hot:
+            outside += ("a cached prefix was not measured",)
+        total = Breakdown(*map(sum, zip(*found, strict=True)))
+        return Prediction(total, self.fitted.residual_pct, outside)
+
+    def decode_ms(
+        self,
+        shape: Shape | str | Path | Mapping[str, Any] | Any,
+        *,
+        context: int,
+        tensor_parallel: int = 1,
+        batch: int = 1,
+        scheme: str = "",
+    ) -> Prediction:
+        """Milliseconds of one decode step of `batch` sequences that hold `context` tokens each.
+
+        The vocabulary's head (bf16) is read in every step. Raises InputError as `prefill_ms`.
+        """
+        question = self._question(shape, context, tensor_parallel, scheme)
+        if batch < 1:
+            raise InputError(f"plan: batch is {batch}, expected at least 1")
+        size, ranks, _ = question
+        pairs = float(batch * context)
+        work = Work.of(*question, new=batch, pairs=pairs, cached=batch * context)
+        found = self.times(work, question[2])
+        head_ms = 2 * size.vocabulary * size.hidden / (ranks * self.read_gbs * 1e6)
+        outside = self._outside(*question, context=context)
+        if self.fitted.cells:
+            outside += ("decode steps were not measured",)
+        found = found._replace(gemm=found.gemm + head_ms)
+        return Prediction(found, self.fitted.residual_pct, outside)
+
+    def breakdown(
+        self, shape: Shape | str | Path | Mapping[str, Any] | Any, **settings: Any
+    ) -> Breakdown:
+        """The terms of `prefill_ms` with the same settings."""
+        return self.prefill_ms(shape, **settings).breakdown
+
+    def _question(self, what: Any, context: int, ranks: int, scheme: str) -> tuple[Shape, int, str]:
+        shape = shape_of(what)
+        if context < 1:
+            raise InputError(f"plan: context is {context}, expected at least 1 token")
+        scheme = scheme or next(iter(self.gemm_tflops))
+        if scheme not in self.gemm_tflops:
+            known = ", ".join(self.gemm_tflops)
+            raise InputError(f"plan: scheme is {scheme!r}, expected one of {known} ({self.name})")
+        shape.rank(ranks)  # refuses what does not divide
+        return shape, ranks, scheme
+
+    def times(self, work: Work, scheme: str) -> Breakdown:
+        """Milliseconds of one forward pass, by term."""
+        return Breakdown(
+            gemm=max(work.gemm_flops / self.gemm_tflops[scheme] / 1e9, self.weights_ms(work)),
+            attention=max(work.attention_flops / self.attention_tflops / 1e9, self.cache_ms(work)),
+            allreduce=work.allreduce_bytes / self.allreduce_gbs / 1e6,
+            elementwise=work.elementwise_bytes / self.memory_gbs / 1e6,
+            token=work.new * self.token_us / 1e3,
+            fixed=self.fixed_ms,
+        )
+
+    def weights_ms(self, work: Work) -> float:
+        """What reading the weights once takes: the least that the matrix products can."""
+        return work.weight_bytes / self.read_gbs / 1e6
+
+    def cache_ms(self, work: Work) -> float:
+        """What reading the cached keys and values once takes."""
+        return work.cache_bytes / self.read_gbs / 1e6
+
+    def _outside(self, shape: Shape, ranks: int, scheme: str, *, context: int) -> tuple[str, ...]:
+        seen = self.fitted
+        if not seen.cells:
+            return ("nothing was measured on this hardware",)
+        found = []
+        for what, value, (low, high) in (
+            ("context", context, seen.context),
+            ("parameters", shape.parameters, seen.parameters),
+        ):
+            if not low <= value <= high:
+                side, end = ("below", low) if value < low else ("above", high)
+                found.append(f"{what} {value:,} {side} the measured {end:,}")
+        if ranks not in seen.tensor_parallel:
+            found.append(f"tensor parallel {ranks}, measured {_list(seen.tensor_parallel)}")
+        if scheme not in seen.schemes:
+            found.append(f"scheme {scheme}, measured {_list(seen.schemes)}")
+        return tuple(found)
+
+    def carried_to(self, name: str, source: str, **constants: Any) -> LatencyModel:
+        """Another machine's model with these constants replaced; nothing of it was measured."""
+        return replace(self, name=name, source=source, fitted=Fitted(), **constants)
+
+
+class Work(NamedTuple):
+    """What one rank does in a forward pass: flops and bytes, which no machine changes."""
+
+    new: int  # tokens
+    gemm_flops: float
+    weight_bytes: float
+    attention_flops: float
+    cache_bytes: float
+    allreduce_bytes: float
+    elementwise_bytes: float
+
+    @classmethod
+    def of(
+        cls, shape: Shape, ranks: int, scheme: str, *, new: int, pairs: float, cached: int
+    ) -> Work:
+        """Of `new` tokens that see `pairs` keys in all, `cached` of them read from the cache."""
+        weights = shape.layers * shape.layer_matrix_parameters
+        channels = shape.heads * shape.head_size
+        ring = 2 * (ranks - 1) / ranks
+        return cls(
+            new=new,
+            gemm_flops=2.0 * new * weights / ranks,
+            weight_bytes=weights * SCHEMES[scheme].weight_bytes / ranks,
+            attention_flops=4.0 * shape.layers * channels * pairs / ranks,
+            cache_bytes=float(cached) * kv_bytes_per_token(shape.rank(ranks)),
+            allreduce_bytes=shape.layers * 2 * ring * new * shape.hidden * 2,
+            elementwise_bytes=float(shape.layers) * new * _elementwise(shape, ranks, scheme),
+        )
+
+
+def prefill_works(
+    shape: Shape,
+    ranks: int,
+    scheme: str,
+    *,
+    context: int,
+    items: int,
+    item_tokens: int,
+    hot: bool,
+) -> list[Work]:
+    """The forward passes of `LatencyModel.prefill_ms`: the cold prompt, then all hot ones at once.
+
+    Raises InputError for items or item_tokens that cannot be.
+    """
+    if items < 1:
+        raise InputError(f"plan: items is {items}, expected at least 1")
+    if not 1 <= item_tokens <= context:
+        raise InputError(
+            f"plan: item_tokens is {item_tokens}, expected 1 to the context's {context}"
+        )
+    works = []
+    if not hot:
+        works.append(Work.of(shape, ranks, scheme, new=context, pairs=context**2 / 2, cached=0))
+    behind = items if hot else items - 1
+    if behind:
+        prefix = context - item_tokens
+        pairs = behind * (item_tokens * prefix + item_tokens**2 / 2)
+        new, cached = behind * item_tokens, behind * prefix
+        works.append(Work.of(shape, ranks, scheme, new=new, pairs=pairs, cached=cached))
+    return works
+
+
+def kv_bytes_per_token(shape: Shape) -> int:
+    """Bytes of keys and values that a token leaves in the cache."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_size * KV_BYTES
+
+
+def weight_bytes(shape: Shape, scheme: str) -> int:
+    """Bytes of all weights: the layers' matrices in the scheme, the rest in bf16."""
+    matrices = shape.layers * shape.layer_matrix_parameters
+    wide = 4 if scheme == "fp32" else 2
+    return round(matrices * SCHEMES[scheme].weight_bytes) + wide * (shape.parameters - matrices)
+
+
+def _elementwise(shape: Shape, ranks: int, scheme: str) -> float:
+    """Bytes per token and layer on one rank: every pass reads and writes each of its tensors once.
+
+    Twice add-and-norm (residual and delta in, residual and normed out), rope in place on q and k,
+    the activation (gate and up in, product out), and before each of the four matrix products
+    2 bytes in and 1 byte out where activations are quantised.
+    """
+    wide = 4 if scheme == "fp32" else 2
+    q_and_k = (shape.heads + shape.kv_heads) * shape.head_size / ranks
+    passes = 2 * 4 * shape.hidden + 2 * q_and_k + 3 * shape.intermediate / ranks
+    quantised = 2 * shape.hidden + (shape.heads * shape.head_size + shape.intermediate) / ranks
+    return wide * passes + 3 * quantised * SCHEMES[scheme].quantised_activations
+
+
+def _list(values: tuple) -> str:
+    return ", ".join(map(str, values))
+
+
+def _number(value: Any) -> Any:
+    return cast(Any, math.inf if value is None else value)
