@@ -12,7 +12,8 @@ import pytest
 
 from slmperf.check import InputError
 from slmperf.recipe import paper
-from slmperf.recipe.report import first_line, print_table, tables, write_report
+from slmperf.recipe.report import first_line, print_table, write_report
+from slmperf.recipe.report_tables import tables
 from slmperf.recipe.results import (
     COMPARISONS,
     KINDS,
