@@ -1,7 +1,9 @@
 """Shared by all tests: offline hubs, two threads, real data if it is there, Triton interpreted."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before anything imports transformers or triton.
@@ -32,6 +34,36 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data: real interactions are not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def paper_file() -> Path:
+    """The paper's figures beside the repository; the test skips where they are not."""
+    path = ROOT.parent / "shared" / "paper" / "results.json"
+    if not path.is_file():
+        pytest.skip("no ../shared/paper/results.json: the paper's tables are not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def paper(paper_file) -> dict:
+    """The paper's figures."""
+    return json.loads(paper_file.read_text())
+
+
+@pytest.fixture
+def slmperf(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: arguments -> exit code, stdout, stderr."""
+    from slmperf import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["slmperf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

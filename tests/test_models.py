@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import IDS, llama
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -25,23 +25,6 @@ import slmperf.models
 from slmperf.check import InputError
 from slmperf.models import QuantizedLinear, files, load, parameters, save, shrink, weight_bytes
 from slmperf.models.structure import check_sizes
-
-IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def llama(**changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes: dict = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
 @torch.no_grad()

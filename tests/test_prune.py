@@ -6,6 +6,7 @@ import copy
 import itertools
 
 import pytest
+import small_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -569,17 +568,7 @@ def test_no_tokens_and_other_architectures_are_refused() -> None:
     empty = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.zeros(1, 4)}
     with pytest.raises(InputError, match="at least one calibration token"):
         prune_model(model, [empty], mlp=40)
-    experts = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-    )
+    experts = small_models.mixtral()
     with pytest.raises(
         InputError, match=r"MixtralForCausalLM: layer 0: wanted nn.Linear mlp.gate_proj"
     ):

@@ -8,40 +8,25 @@ import json
 from pathlib import Path
 
 import pytest
+import small_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small_models import IDS
 from stories260k import batches, load_stories260k, perplexity, story_tokens
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from slmperf.check import InputError
 from slmperf.models import QuantizedLinear, load, parameters, save, weight_bytes
 from slmperf.quant import Int8, quantize_model, rtn
 
-IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-
 
 def llama(**changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes: dict = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "attention_bias": True,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+    return small_models.llama(attention_bias=True, **changes)
 
 
 @torch.no_grad()
@@ -189,17 +174,7 @@ def test_models_that_cannot_be_quantised() -> None:
     quantize_model(model, Int8())
     with pytest.raises(InputError, match="found a quantised one"):
         quantize_model(model, Int8())
-    experts = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-    )
+    experts = small_models.mixtral()
     with pytest.raises(InputError, match="wanted nn.Linear mlp.gate_proj"):
         quantize_model(experts, Int8())
     broken = llama()
