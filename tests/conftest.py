@@ -29,8 +29,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real interactions beside the repository; the test skips where it is not."""
-    folder = ROOT.parent / "shared" / "data"
+    """The folder of real interactions, $SLMPERF_DATA or beside the repository; skips without."""
+    folder = Path(os.environ.get("SLMPERF_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("no ../shared/data: real interactions are not on this machine")
     return folder

@@ -1,9 +1,9 @@
-"""Triton kernels compiled for GPUs that are not here.
+"""Triton kernels compiled for GPUs that are not here, and machine code read back.
 
 `launches` runs an op's own launcher on CPU tensors, as if they lay on a device of the given
-capability, and writes down what it would launch; `compile_launch` compiles that with triton and
-asks cuobjdump what it needs. So every config is compiled exactly as it would run. Needs triton
-not to be interpreting.
+capability, and writes down what it would launch; `compile_launch` compiles that with triton, so
+every config is compiled exactly as it would run. Needs triton not to be interpreting.
+`read_cubin` asks cuobjdump, which comes inside the triton package, what any cubin holds.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -51,18 +54,35 @@ class Launch:
     options: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
-        types = " ".join(kind for _, kind in self.signature if kind != "constexpr")
+        """`_scale(*fp32:16 i32; BLOCK=64, num_warps=4)`; `:16` marks the divisible arguments."""
+        types = " ".join(
+            f"{kind}:16" if name in self.divisible else kind
+            for name, kind in self.signature
+            if kind != "constexpr"
+        )
         settings = ", ".join(f"{k}={v}" for k, v in (*self.constants, *self.options))
         return f"{self.kernel.__name__}({types}; {settings})"
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a compiled kernel needs per block or thread."""
+class Code:
+    """What one kernel in a cubin needs, and which matrix instructions it holds."""
 
-    shared_bytes: int
-    registers: int
-    spilled_bytes: int
+    function: str  # mangled where it comes from C++
+    threads: int  # a block's, 0 where the code does not bound them
+    registers: int  # a thread's
+    spilled_bytes: int  # local memory of a thread
+    spill_instructions: int  # loads and stores of local memory
+    shared_bytes: int  # a block's, beyond what the system reserves
+    matrix: dict[str, int]  # HMMA, IMMA, DMMA; HGMMA, QGMMA, IGMMA (warpgroups): how many
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A compiled launch."""
+
+    code: Code
+    dot: bool  # whether the kernel asks for matrix products
 
 
 def _describe(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
@@ -135,7 +155,55 @@ def compile_launch(launch: Launch, capability: int) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
-    return Usage(compiled.metadata.shared, found["REG"], found["STACK"] + found["LOCAL"])
+        (code,) = read_cubin(Path(cubin.name), compiled.metadata.shared)
+    return Usage(code, re.search(r"\btt\.dot(_scaled)?\b", compiled.asm["ttir"]) is not None)
+
+
+# Bytes of shared memory that the system takes for itself in every block, from Hopper on.
+_RESERVED = {80: 0, 90: 1024}
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
+_MATRIX = re.compile(r"[A-Z]+MMA$")
+
+
+def cuobjdump() -> Path | None:
+    """The disassembler inside the triton package; None where triton is not installed."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def read_cubin(path: Path, dynamic_shared: int = 0) -> list[Code]:
+    """Every kernel of a cubin, by name. `dynamic_shared`: bytes that a launch adds, not in it."""
+    command = [str(cuobjdump()), "-res-usage", "-sass", "-elf", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needs = {
+        name: {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", line)}
+        for name, line in re.findall(r"^ Function (\S+):\n(.*REG:.*)$", text, re.MULTILINE)
+    }
+    # A block's bound stands among the attributes of the section .nv.info.<name>.
+    bounds = {}
+    for section in re.split(r"^(?=\.(?:section \.)?nv\.)", text, flags=re.MULTILINE):
+        named = re.match(r"\.(?:section \.)?nv\.info\.(\S+)", section)
+        value = re.search(
+            r"EIATTR_(?:REQNTID|MAX_THREADS)\s+Format:.*\s+Value:((?: *\t?0x[0-9a-f]+)+)", section
+        )
+        if named and value:
+            x, y, z = (int(size, 16) for size in value[1].split())
+            bounds[named[1]] = x * y * z
+    found = []
+    for body in re.split(r"^\s+Function : ", text, flags=re.MULTILINE)[1:]:
+        name = body.split(maxsplit=1)[0]
+        counts = Counter(_INSTRUCTION.findall(body))
+        reserved = _RESERVED[int(re.search(r"code for sm_(\d+)", text)[1])]  # type: ignore[index]
+        need = needs[name]
+        found.append(Code(
+            function=name,
+            threads=bounds.get(name, 0),
+            registers=need["REG"],
+            spilled_bytes=need["STACK"] + need["LOCAL"],
+            spill_instructions=counts["LDL"] + counts["STL"],
+            shared_bytes=max(0, need["SHARED"] - reserved) + dynamic_shared,
+            matrix={key: n for key, n in sorted(counts.items()) if _MATRIX.match(key)},
+        ))  # fmt: skip
+    return sorted(found, key=lambda code: code.function)

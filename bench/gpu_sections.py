@@ -1,0 +1,345 @@
+"""What the parts of a GPU check run, section after section; started by gpu_check.py.
+
+    python gpu_sections.py PART_FILE DEADLINE SECONDS [PLAN]
+
+A section is a function that gives rows (and facts) for the part's file. Exit code 0 when no section
+is left or the time is up; AGAIN where a section failed on a GPU: what it left of the device's state
+is not trusted, the next one gets a new process.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+from gpu_check import last_changed  # noqa: E402
+from gpu_report import AGAIN, TAIL, owed  # noqa: E402
+
+from slmperf.bench import results  # noqa: E402
+
+# What is timed. On a CPU the same code at sizes that two cores finish.
+LAYERS = {
+    "cuda": (("3b", "2.4b", "2.1b"), (4096, 16384, 32768), ("bf16", "fp8")),
+    "cpu": (("2.4b", "2.1b"), (256,), (None,)),
+}
+# (shape, layers, context, candidates): latencies of the engine with random weights.
+ENGINES = {
+    "cuda": (("3b", 28, 4096, 16), ("2.1b", 28, 4096, 16), ("2.1b", 28, 16384, 16)),
+    "cpu": (("2.1b", 2, 256, 4),),
+}
+
+
+class Failed(Exception):
+    """A section that ran to its end and found something wrong; the text is what it found."""
+
+
+class Part:
+    """A part's file while its sections run."""
+
+    def __init__(self, path, deadline, seconds):
+        self.path, self.deadline, self.seconds = path, deadline, seconds
+        self.content = json.loads(path.read_text())
+        self.device = self.content["device"]
+        self.kept_roof = None
+
+    def save(self):
+        """Write all of it, in one step."""
+        more = {key: self.content[key] for key in ("part", "commit", "device", "sections")}
+        results.write_results(
+            self.path, "gpu-check", self.content["rows"],
+            machine=self.content["machine"], roof=self.content["roof"], **more,
+        )  # fmt: skip
+
+    def roof(self):
+        """The machine's roof, measured once in a part."""
+        if self.kept_roof is None:
+            from slmperf.bench.roof import roof
+
+            self.kept_roof = roof(self.device)
+            self.content["roof"] = self.kept_roof.as_json()
+        return self.kept_roof
+
+    def run(self, name, work):
+        """One section; whether it failed."""
+        start = time.time()
+        print(f"--- {name}", flush=True)
+        self.content["rows"] = [row for row in self.content["rows"] if row["section"] != name]
+        section = self.content["sections"][name] = {"status": "running", "began": start}
+        self.save()
+        facts = {}
+        try:
+            for row in work(self, facts) or ():
+                self.content["rows"].append({**row, "section": name})
+                self.save()
+            section = {"status": "done"}
+        except Failed as failure:
+            section = {"status": "failed", "error": str(failure)[-TAIL:]}
+        except Exception:
+            section = {"status": "failed", "error": traceback.format_exc()[-TAIL:]}
+        section |= {"seconds": round(time.time() - start, 1), **facts}
+        self.content["sections"][name] = section
+        self.save()
+        if section["status"] == "failed":
+            print(section["error"], flush=True)
+        return section["status"] == "failed"
+
+
+# --- part "tests" ---------------------------------------------------------------------------------
+
+
+def command_output(*command):
+    """What a program prints, None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def doctor(part, facts):
+    """slmperf doctor: what the built package says of itself."""
+    done = subprocess.run(
+        [sys.executable, "-m", "slmperf.cli", "doctor"], capture_output=True, text=True, timeout=120
+    )
+    facts["output"] = done.stdout[-TAIL:]
+    if done.returncode:
+        raise Failed(done.stdout + done.stderr)
+
+
+def gpu_tests():
+    """Every test marked gpu, without its parameters: file::function.
+
+    Files without such tests are not collected: they may import what a GPU image lacks.
+    """
+    found = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        found += [
+            f"tests/{path.name}::{node.name}"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+            and any("pytest.mark.gpu" in ast.unparse(one) for one in node.decorator_list)
+        ]
+    return found
+
+
+def run_test(test, part, facts):
+    """One test with all of its parameters in a process of its own; counts, and failures' text."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--maxfail=30",
+               "-p", "no:cacheprovider", "-m", "gpu", test]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                timeout=max(1, part.deadline - time.time()),
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = 124
+        log.seek(0)
+        text = log.read()
+    counts = {}
+    for outcome in re.findall(r" (PASSED|FAILED|SKIPPED|ERROR)\b +(?:\(.*\) +)?\[ *\d+%\]", text):
+        counts[outcome.lower()] = counts.get(outcome.lower(), 0) + 1
+    facts["tests"] = counts
+    print(f"{test}: {counts}", flush=True)
+    if code == 124:
+        raise Failed(f"{text}\nnot finished within the part's time")
+    if code not in (0, 5):  # 5: nothing to collect
+        raise Failed(text)
+
+
+def tests_plan(device):
+    """Correctness first: a figure of a wrong kernel is worth nothing."""
+    plan = {"doctor": doctor}
+    for test in gpu_tests():
+        plan[test] = lambda part, facts, test=test: run_test(test, part, facts)
+    return plan
+
+
+# --- the benches ----------------------------------------------------------------------------------
+
+
+def roof_section(part, facts):
+    """The roof, in its own section, so that its time is known."""
+    part.roof()
+
+
+def ops_plan(device):
+    """A section per case of every op, the op first whose sources changed last."""
+    from slmperf.bench.ops import as_json, measure_case, variants
+    from slmperf.testing.cases import FAMILIES
+
+    def files(op):
+        places = ("slmperf/ops", "triton_kernels", "csrc/cpu", "csrc/cuda", "csrc/cuda/kernels")
+        found = [path for folder in places for path in (ROOT / folder).glob(f"{op}*")]
+        return [str(path.relative_to(ROOT)) for path in found]
+
+    plan = {}
+    for op in sorted(FAMILIES, key=lambda op: -last_changed(files(op))):
+        for case in FAMILIES[op].bench[device]:
+
+            def work(part, facts, case=case):
+                ways = variants(case, device)
+                found = measure_case(case, device, part.roof(), part.seconds, ways)
+                yield from as_json(found.rows)
+                facts["refused"] = found.refused
+                ours = [f"{case.op} {case} {name}" for name, way in ways.items()
+                        if way.role == "ours"]  # fmt: skip
+                if lines := [
+                    f"{key}: {found.refused[key]}" for key in ours if key in found.refused
+                ]:
+                    raise Failed("\n".join(lines))
+
+            plan[f"{case.op} {case}"] = work
+    return plan
+
+
+def layer_plan(device):
+    """One Transformer block of the pruned shapes, part by part."""
+    from slmperf.bench.layer import measure_layer
+
+    shapes, contexts, schemes = LAYERS[device]
+    plan = {}
+    for context in contexts:
+        for scheme in schemes:
+            for shape in shapes:
+
+                def work(part, facts, shape=shape, context=context, scheme=scheme):
+                    found = measure_layer(
+                        shape, context, scheme=scheme, device=device, roof=part.roof(),
+                        seconds=part.seconds,
+                    )  # fmt: skip
+                    yield from found.rows()
+
+                plan[f"{shape}-{context}-tp1-{scheme or 'default'}"] = work
+    return plan
+
+
+def timed(name, samples_ms):
+    """A row of wall times."""
+    low, median, high = (float(x) for x in np.quantile(samples_ms, (0.25, 0.5, 0.75)) * 1e3)
+    return {"name": name, "time_us": median, "low_us": low, "high_us": high,
+            "samples": len(samples_ms)}  # fmt: skip
+
+
+def engine_plan(device):
+    """Prefill and ranking latencies of the engine, random weights."""
+
+    def work(part, facts, name, layers, context, candidates):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from slmperf.engine import Engine, prefill_latency, rank_latency
+        from slmperf.models.shapes import shape_of
+
+        shape = shape_of(name)
+        config = LlamaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=layers,
+            intermediate_size=shape.intermediate, num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads, head_dim=shape.head_size,
+            max_position_embeddings=32768, tie_word_embeddings=shape.tied,
+        )  # fmt: skip
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        with ExitStack() as scope:
+            scope.enter_context(torch.device(device))
+            scope.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(dtype)
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+        engine = Engine(model, (0, 1))
+        common = {"shape": str(shape), "layers": layers, "context": context}
+        head = f"engine {shape} {layers} layers, {context} tokens"
+        prefills = [prefill_latency(engine, context, repeats=1, warmup=warmup).median_ms
+                    for warmup in (2, *[0] * 8)]  # fmt: skip
+        yield common | timed(f"{head}, prefill", prefills)
+        ranks = [rank_latency(engine, context, candidates=candidates, repeats=1, warmup=warmup)
+                 for warmup in (1, *[0] * 4)]  # fmt: skip
+        for way in ("uncached", "cached"):
+            found = [getattr(one, f"{way}_ms") for one in ranks]
+            yield common | timed(f"{head}, rank {candidates} {way}", found)
+
+    return {
+        f"engine {name} {layers} layers, {context} tokens": lambda part, facts, one=one: work(
+            part, facts, *one
+        )
+        for one in ENGINES[device]
+        for name, layers, context, _ in [one]
+    }
+
+
+BENCHES = {"ops": ops_plan, "layer": layer_plan, "engine": engine_plan}
+
+
+def plan_of(name, device):
+    """Section name -> function of a part. What a target waits for is taken by part "owed" alone."""
+    if name == "tests":
+        return tests_plan(device)
+    rows = [target["bench"]["row"] for target in owed((ROOT / "bench/targets.toml").read_text())
+            if "bench" in target and device == "cuda"]  # fmt: skip
+
+    def waited_for(section):
+        return any(row.startswith(section) for row in rows)
+
+    plan = {"roof": roof_section}
+    if name == "owed":
+        every = [(key, work) for make in BENCHES.values() for key, work in make(device).items()]
+        return plan | {key: work for key, work in every if waited_for(key)}
+    found = BENCHES[name](device)
+    return plan | {key: work for key, work in found.items() if not waited_for(key)}
+
+
+def machine_facts(device):
+    """results.machine and what only a GPU's own tools know."""
+    facts = results.machine(device)
+    if device == "cuda":
+        query = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
+        facts["nvidia_smi"] = command_output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
+        nvcc = command_output("nvcc", "--version")
+        facts["nvcc"] = nvcc.splitlines()[-1] if nvcc else None
+    rivals = ("flashinfer", "flash_attn", "liger_kernel", "quack", "vllm", "sglang")
+    facts["rivals"] = [name for name in rivals if importlib.util.find_spec(name)]
+    return facts
+
+
+def main(arguments):
+    path, deadline, seconds, *plan_file = arguments
+    part = Part(Path(path), float(deadline), float(seconds))
+    name, device = part.content["part"], part.device
+    part.content["machine"] = machine_facts(device)
+    if plan_file:
+        spec = importlib.util.spec_from_file_location("plan", plan_file[0])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        plan = module.plan(name, device)
+    else:
+        plan = plan_of(name, device)
+    for key in plan:
+        part.content["sections"].setdefault(key, {"status": "left"})
+    part.save()
+    for key, work in plan.items():
+        if part.content["sections"][key]["status"] != "left":
+            continue
+        if time.time() > part.deadline:
+            break
+        if part.run(key, work) and torch.cuda.is_available() and torch.cuda.is_initialized():
+            return AGAIN
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # a device whose state is spoilt can hang in its libraries' own endings

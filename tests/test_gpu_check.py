@@ -1,0 +1,428 @@
+"""The GPU check without a GPU: budgets, resuming, isolation, merging, RESULTS.md, targets."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+import torch
+
+from slmperf.bench.results import read_results
+from slmperf.testing.cases import FAMILIES
+
+
+def load(root, name):
+    spec = importlib.util.spec_from_file_location(name, root / "bench" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report(root):
+    return load(root, "gpu_report")
+
+
+@pytest.fixture(scope="module")
+def check(root, report):
+    return load(root, "gpu_check")
+
+
+# Sections of every kind of end. What a section does depends on files beside the plan, so that a
+# second run can find it mended.
+PLAN = """
+import os, sys, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def row(name, **more):
+    return {"name": name, "time_us": 2.0, "low_us": 1.0, "high_us": 3.0, "samples": 5, **more}
+
+
+def good(part, facts):
+    with open(HERE / "runs", "a") as log:
+        log.write("good ")
+    facts["tests"] = {"passed": 3}
+    yield row("good 1", roof_share=0.75)
+    yield row("good 2", gbs=12.0)
+
+
+def raises(part, facts):
+    yield row("half")
+    if not (HERE / "mended").exists():
+        raise RuntimeError("kernel says no")
+
+
+def dies(part, facts):
+    if not (HERE / "mended").exists():
+        os._exit(11)
+
+
+def hangs(part, facts):
+    print("hanging", flush=True)
+    time.sleep(0 if (HERE / "mended").exists() else 600)
+
+
+def plan(part, device):
+    return {"good": good, "raises": raises, "dies": dies, "hangs": hangs, "last": good}
+"""
+
+
+def run_check(root, folder, *options, **popen):
+    """The command in a process of its own, on the planted sections."""
+    (folder / "plan.py").write_text(PLAN)
+    command = [sys.executable, "bench/gpu_check.py", "--device", "cpu", "--commit", "abc1234"]
+    command += ["--plan", folder / "plan.py", "--out", folder / "results", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, command)), cwd=root, text=True, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **popen,
+    )  # fmt: skip
+
+
+def part_files(folder):
+    return {path.name.split(".")[-2]: path for path in (folder / "results/parts").glob("*.json")}
+
+
+def statuses(path):
+    sections = json.loads(path.read_text())["sections"]
+    return {name: section["status"] for name, section in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def broken_off(root, tmp_path_factory, check):
+    """A part whose sections raise, die and hang, stopped by its budget."""
+    folder = tmp_path_factory.mktemp("check")
+    for name in ("RESULTS.md", "targets.toml"):
+        shutil.copy(root / "bench" / name, folder)
+    (folder / "plan.py").write_text(PLAN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = time.time()
+    subprocess.run([sys.executable, "-c", "import torch, slmperf.bench.results"], env=environment)
+    # Three processes come to their sections before the time is up; the fourth hangs until then.
+    budget = max(10, round(6 * (time.time() - start)))
+    grace = "import gpu_check; gpu_check.GRACE_S = 0; raise SystemExit(gpu_check.main())"
+    options = ["--device", "cpu", "--commit", "abc1234", "--part", "ops", "--budget-s", str(budget)]
+    options += ["--plan", str(folder / "plan.py"), "--out", str(folder / "results")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.append('bench'); {grace}", *options],
+        cwd=root, text=True, capture_output=True, env=environment,
+    )  # fmt: skip
+    return folder, done
+
+
+def test_a_failure_costs_its_own_section_only(broken_off):
+    folder, done = broken_off
+    (path,) = part_files(folder).values()
+    # "hangs" had less than half of the time or more: then it counts as failed.
+    found = statuses(path)
+    assert found.pop("hangs") in ("left", "failed")
+    assert found == {"good": "done", "raises": "failed", "dies": "failed", "last": "left"}
+    content = read_results(path)
+    assert content["kind"] == "gpu-check" and content["commit"] == "abc1234"
+    assert [row["name"] for row in content["rows"]] == ["good 1", "good 2", "half"]
+    assert "RuntimeError: kernel says no" in content["sections"]["raises"]["error"]
+    assert "ended with code 11" in content["sections"]["dies"]["error"]
+    assert content["machine"]["torch"] == torch.__version__
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED ops: raises: RuntimeError: kernel says no" in done.stdout
+
+
+def test_a_second_run_takes_up_what_is_left(root, broken_off):
+    folder, _ = broken_off
+    (folder / "mended").touch()
+    runs = (folder / "runs").read_text()
+    process = run_check(root, folder, "--part", "ops")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    (path,) = part_files(folder).values()
+    assert set(statuses(path).values()) == {"done"}
+    names = [row["name"] for row in json.loads(path.read_text())["rows"]]
+    # "last" is "good" under another name: its rows stand beside the first ones.
+    assert names == ["good 1", "good 2", "half", "good 1", "good 2"]
+    assert (folder / "runs").read_text() == runs + "good "  # the first was not run again
+    (merged,) = (folder / "results").glob("*/*-abc1234.json")
+    content = read_results(merged)
+    assert [row["name"] for row in content["rows"]] == ["good 1", "good 2", "half"]
+    assert set(content["parts"]) == {"ops"}
+    assert "tests on the device: 6 passed." in output and "| good 1 | 2.0 | - | 75 |" in output
+    for name in ("RESULTS.md", "targets.toml"):  # a GPU's alone are written there
+        assert (folder / name).read_text() == (root / "bench" / name).read_text()
+
+
+def test_stopped_from_outside_it_leaves_no_process_and_loses_nothing(root, tmp_path):
+    process = run_check(root, tmp_path, "--part", "engine", "--budget-s", "100")
+    deadline, path = time.time() + 60, None
+    while time.time() < deadline:
+        path = part_files(tmp_path).get("engine")
+        if path and statuses(path).get("hangs") == "running":
+            break
+        time.sleep(0.1)
+    children = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+    ).stdout.split()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert children and not any(os.path.exists(f"/proc/{pid}") for pid in children)
+    assert statuses(path)["good"] == "done" and len(json.loads(path.read_text())["rows"]) == 3
+
+
+def part_of(report, part, rows, **more):
+    content = {
+        "schema": report.SCHEMA, "kind": "gpu-check", "date": "2026-11-22T07:00Z", "roof": None,
+        "machine": {"device": "NVIDIA H200", "torch": "2.11.0", "python": "3.12.3"},
+        "part": part, "commit": "abc1234", "device": "cuda", "rows": rows,
+        "sections": {"s": {"status": "done", "seconds": 1.0}},
+    }  # fmt: skip
+    return content | more
+
+
+def row_of(name, **more):
+    return {"name": name, "time_us": 5000.0, "low_us": 4.0, "high_us": 6.0, "samples": 5, **more}
+
+
+@pytest.fixture
+def desk(root, tmp_path):
+    """A copy of what a merge writes to."""
+    (tmp_path / "bench").mkdir()
+    for name in ("RESULTS.md", "targets.toml"):
+        shutil.copy(root / "bench" / name, tmp_path / "bench")
+    return tmp_path
+
+
+@pytest.mark.parametrize("share,status", [(0.81, "measured"), (0.7, "measured"), (0.4, "missed")])
+def test_parts_from_elsewhere_are_merged_and_settle_targets(
+    check, report, desk, capsys, share, status
+):
+    """Files of two calls, brought home: one result, a block in RESULTS.md, the owed row filled."""
+    back = desk / "back"
+    targets = (desk / "bench/targets.toml").read_text()
+    target = next(one for one in tomllib.loads(targets)["target"] if one["row"] == "divergence-gpu")
+    assert target["status"] == "owed", "taken on a GPU by now: plant another owed target here"
+    name = target["bench"]["row"]
+    tests = {"t": {"status": "failed", "seconds": 2.0, "error": "a\nE  assert 1 == 2",
+                   "tests": {"passed": 7, "failed": 1}}}  # fmt: skip
+    report.write(back / "call-1" / "a.json", part_of(report, "tests", [], sections=tests))
+    rows = [row_of("other"), row_of(name, roof_share=share, gbs=3000.0)]
+    later = part_of(report, "owed", rows, date="2026-11-23T07:00Z", roof={"copy_gbs": 4300.0})
+    report.write(back / "call-2" / "b.json", later)
+    (back / "strange.json").write_text("[]")
+    for _ in range(2):  # the same again changes nothing
+        assert check.main(["--merge", str(back), "--out", str(desk / "bench/results")]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED tests: t: E  assert 1 == 2" in printed
+    assert f"{status}: {target['name']}: {share:.3g} (roof_share; 5000 us), wanted >= 0.7" in (
+        printed
+    )
+    content = read_results(desk / "bench/results/nvidia-h200/2026-11-22-abc1234.json")
+    assert set(content["parts"]) == {"tests", "owed"} and content["roof"] == {"copy_gbs": 4300.0}
+
+    results = (desk / "bench/RESULTS.md").read_text()
+    assert results.count("<!-- gpu-check nvidia-h200: begin -->") == 1
+    assert "tests on the device: 1 failed, 7 passed." in results
+    assert f"| {name} | 5000.0 | 3000 | {100 * share:.0f} |" in results
+    filled = next(line for line in results.splitlines() if line.startswith("| divergence-gpu |"))
+    assert filled.endswith(
+        f"| {share:.3g} (roof_share; 5000 us), wanted >= 0.7 | NVIDIA H200; torch 2.11.0, "
+        "Python 3.12.3 | 2026-11-22 |"
+    )
+    now = tomllib.loads((desk / "bench/targets.toml").read_text())["target"]
+    changed = [one for one in now if one not in tomllib.loads(targets)["target"]]
+    assert changed == [target | {"status": status}]
+
+
+def test_a_cpu_settles_no_gpu_target(check, report, desk):
+    target = report.owed((desk / "bench/targets.toml").read_text())[0]
+    before = (desk / "bench/targets.toml").read_text()
+    rows = [row_of(target["bench"]["row"], roof_share=0.99)]
+    report.write(desk / "back" / "a.json", part_of(report, "owed", rows, device="cpu"))
+    results = (desk / "bench/RESULTS.md").read_text()
+    assert check.main(["--merge", str(desk / "back"), "--out", str(desk / "bench/results")]) == 0
+    assert (desk / "bench/targets.toml").read_text() == before
+    assert (desk / "bench/RESULTS.md").read_text() == results
+
+
+def test_a_block_replaces_its_own_and_no_other(report):
+    first = report.put_block("# Results\n", "a", ["one"])
+    both = report.put_block(first, "b", ["two"])
+    assert both.count("## GPU checks") == 1
+    again = report.put_block(both, "a", ["three", "four"])
+    assert "one" not in again and "three\nfour\n<!-- gpu-check a: end -->" in again
+    assert "<!-- gpu-check b: begin -->\ntwo\n" in again
+    assert report.put_block(again, "a", ["three", "four"]) == again
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--device", "cuda"], "torch sees no CUDA device"),
+        (["--part", "9"], "part is '9', expected all or some of 1 tests, 2 owed, 3 "),
+        (["--merge", "nowhere"], "no part files below nowhere"),
+        (["--data", "nowhere", "--device", "cpu"], "--data nowhere is no folder"),
+    ],
+)
+def test_bad_options_are_one_line(check, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(check, "cuda_name", lambda: "")
+    try:
+        code, text = check.main(options), ""
+    except SystemExit as exit:
+        code, text = 2, str(exit)
+    printed = text or capsys.readouterr().err
+    assert code == 2 and message in printed and len(printed.strip().splitlines()) == 1
+
+
+def test_parts_by_number_name_and_last_change(check, monkeypatch):
+    monkeypatch.setattr(check, "last_changed", lambda paths: "engine" in str(paths))
+    assert check.chosen_parts("all")[:3] == ["tests", "owed", "engine"]
+    assert check.chosen_parts("3, tests") == ["engine", "tests"]
+
+
+def test_without_git_the_sources_name_and_date_themselves(check, monkeypatch, tmp_path):
+    """A copy of the tree has no .git: the same files give the same name."""
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "slmperf").mkdir()
+    source = tmp_path / "slmperf" / "a.py"
+    source.write_text("a = 1\n")
+    first = check.commit_of_tree()
+    assert first.startswith("tree-") and check.commit_of_tree() == first
+    source.write_text("a = 2\n")
+    assert check.commit_of_tree() != first
+    os.utime(source, (1000, 1000))
+    assert check.last_changed(["slmperf", "nowhere"]) == 1000
+
+
+@pytest.fixture(scope="module")
+def sections(root, check):
+    return load(root, "gpu_sections")
+
+
+def test_every_test_marked_gpu_is_among_the_sections(sections, root):
+    """Read from the sources alone, against what pytest collects."""
+    files = {path for path in (root / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", *files]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    collected = {line.split("[")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert set(sections.gpu_tests()) == collected, done.stdout + done.stderr
+    assert "tests/test_ops.py::test_full_cross_on_device" in collected
+
+
+def test_owed_targets_name_a_section_each(sections, report, root):
+    """On a GPU the part "owed" takes every owed row, and no other part takes it again."""
+    targets = report.owed((root / "bench" / "targets.toml").read_text())
+    assert all("bench" in target for target in targets)
+    plans = {name: sections.plan_of(name, "cuda") for name in ("owed", *sections.BENCHES)}
+    for target in targets:
+        row = target["bench"]["row"]
+        where = [name for name, plan in plans.items() if any(map(row.startswith, plan))]
+        assert where == ["owed"], target["name"]
+    assert all(next(iter(plan)) == "roof" for plan in plans.values())
+    cases = sum(len(family.bench["cuda"]) for family in FAMILIES.values())
+    assert len(plans["ops"]) == 1 + cases - len(plans["owed"]) + 1
+    assert "3b-32768-tp1-fp8" in plans["layer"] and len(plans["engine"]) == 4
+
+
+@pytest.fixture
+def stub(sections, report, tmp_path, monkeypatch):
+    """A part of a GPU check whose sections run in this process."""
+    path = tmp_path / "part.json"
+    report.write(path, part_of(report, "ops", [], sections={}))
+    (tmp_path / "plan.py").write_text(PLAN)
+    monkeypatch.setattr(sections, "machine_facts", lambda device: {"device": "a GPU"})
+    return path
+
+
+def test_after_a_failure_on_a_gpu_the_process_is_left(sections, stub, monkeypatch):
+    """What a failed kernel leaves of a device's state is not trusted."""
+    (stub.parent / "mended").touch()  # nothing dies or hangs
+    plan = stub.parent / "plan.py"
+    plan.write_text(PLAN.replace('(HERE / "mended").exists()', 'part.device != "cuda"', 1))
+    arguments = [str(stub), str(time.time() + 60), "1.0", str(plan)]
+    monkeypatch.setattr(sections.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sections.torch.cuda, "is_initialized", lambda: True)
+    assert sections.main(arguments) == sections.AGAIN
+    found = {"good": "done", "raises": "failed", "dies": "left", "hangs": "left", "last": "left"}
+    assert statuses(stub) == found
+    assert sections.main(arguments) == 0
+    assert statuses(stub) == dict.fromkeys(found, "done") | {"raises": "failed"}
+    late = [str(stub), str(time.time() - 1), "1.0", str(plan)]
+    stub.write_text(stub.read_text().replace('"failed"', '"left"'))
+    assert sections.main(late) == 0 and statuses(stub)["raises"] == "left"
+
+
+TESTS = """
+import pytest
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a b [1]", "c"])
+def test_fine(name):
+    pass
+
+@pytest.mark.gpu
+def test_wrong():
+    assert 1 == 2, "the last row differs"
+
+@pytest.mark.gpu
+def test_skipped():
+    pytest.skip("not here")
+
+def test_unmarked():
+    assert False
+"""
+
+
+def test_outcomes_of_tests_are_counted_and_failures_kept(sections, stub, tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    part, facts = sections.Part(stub, time.time() + 60, 1.0), {}
+    with pytest.raises(sections.Failed, match="the last row differs"):
+        sections.run_test(str(tmp_path / "test_some.py"), part, facts)
+    assert facts["tests"] == {"passed": 2, "failed": 1, "skipped": 1}
+    late, facts = sections.Part(stub, time.time() - 60, 1.0), {}
+    (tmp_path / "test_some.py").write_text(TESTS.replace("pass\n", "__import__('time').sleep(9)\n"))
+    with pytest.raises(sections.Failed, match="not finished within the part's time"):
+        sections.run_test(str(tmp_path / "test_some.py"), late, facts)
+
+
+def test_a_build_that_fails_is_tried_without_cuda(check, report, tmp_path, monkeypatch):
+    """So that a fault in CUDA C++ does not cost the figures of everything else."""
+    tried = []
+
+    def logged(path, name, command, environment, deadline):
+        tried.append((name, environment.get("SLMPERF_CUDA"), command[-1]))
+        return name != "build"
+
+    monkeypatch.setattr(check, "logged", logged)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / ".whl").mkdir()
+    (tmp_path / ".whl" / "rival-1-py3-none-any.whl").touch()
+    environment = {"PYTHONPATH": "/own"}
+    given = check.arguments_of(["--build"])
+    assert check.prepare(tmp_path / "part.json", given, environment, 0.0)
+    wheel = tmp_path / ".whl" / "rival-1-py3-none-any.whl"
+    assert tried == [("rivals", None, wheel), ("build", "auto", "."),
+                     ("build without CUDA C++", "0", ".")]  # fmt: skip
+    assert environment["PYTHONPATH"].split(os.pathsep) == [*map(str, check.SITES), "/own"]
+    monkeypatch.setattr(check, "logged", lambda *given: False)
+    assert not check.prepare(tmp_path / "part.json", given, {}, 0.0)
+
+
+@pytest.mark.gpu
+def test_timing_on_a_device():
+    """Graph replay, the copy roof and peak memory on the device itself."""
+    from slmperf.testing.timing import copy_roof_gbs, median_us, peak_mib
+
+    x = torch.empty(2**26, device="cuda")
+    times = median_us({"fill": [x.zero_], "twice": [lambda: (x.zero_(), x.zero_())]}, "cuda", 0.2)
+    assert 1.5 < times["twice"] / times["fill"] < 2.5
+    roof = copy_roof_gbs("cuda")
+    assert 0.3 * roof < x.numel() * 4 / times["fill"] * 1e-3 < 3 * roof
+    assert peak_mib(lambda: torch.empty(2**20, device="cuda"), "cuda") == pytest.approx(4, abs=1)
