@@ -9,14 +9,44 @@ compared are interleaved, so that a clock or a neighbour disturbs all of them al
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Median and quartiles of a call, in microseconds, and how many rounds they come from."""
+
+    time_us: float
+    low_us: float
+    high_us: float
+    samples: int
+
+
+def replayed(calls: Sequence[Call]) -> Callable[[], None]:
+    """The calls once each as a CUDA graph: a function that enqueues one replay of it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels and warms the allocator before the capture
+        for call in [*calls, *calls]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except BaseException:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current
+        raise
+    return graph.replay
 
 
 def _cpu_sample(calls: Sequence[Call]) -> Callable[[], float]:
@@ -33,23 +63,19 @@ def _cpu_sample(calls: Sequence[Call]) -> Callable[[], float]:
     return sample
 
 
-def _cuda_sample(calls: Sequence[Call]) -> Callable[[], float]:
-    """Seconds per call of one replay of a graph that holds every call once."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles kernels and warms the allocator before the capture
-        for call in [*calls, *calls]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def _cuda_sample(calls: Sequence[Call], graph: bool) -> Callable[[], float]:
+    """Seconds per call of one round on the device: a replay of a graph, or the calls themselves."""
+
+    def eager() -> None:
         for call in calls:
             call()
+
+    replay = replayed(calls) if graph else eager
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3 / len(calls)
@@ -58,21 +84,69 @@ def _cuda_sample(calls: Sequence[Call]) -> Callable[[], float]:
     return sample
 
 
-def median_us(
+def sampler(calls: Sequence[Call], device: str, graph: bool = True) -> Callable[[], float]:
+    """A function that runs one round over the calls and gives its seconds per call.
+
+    `graph=False` is for calls that wait for the device, which no CUDA graph can hold.
+    """
+    return _cuda_sample(calls, graph) if device == "cuda" else _cpu_sample(calls)
+
+
+def rounds_s(
+    samplers: Mapping[str, Callable[[], float]], seconds: float = 1.0
+) -> dict[str, list[float]]:
+    """Seconds per call of every round of each sampler, interleaved: the lists' n-th are neighbours.
+
+    Runs for about `seconds` per sampler, at least 5 rounds.
+    """
+    found: dict[str, list[float]] = {name: [] for name in samplers}
+    deadline = time.perf_counter() + seconds * len(samplers)
+    while len(min(found.values(), key=len)) < 5 or time.perf_counter() < deadline:
+        for name, sample in samplers.items():
+            found[name].append(sample())
+    return found
+
+
+def summary(times_s: Sequence[float]) -> Timing:
+    """Median and quartiles of seconds, at least two of them."""
+    low, middle, high = statistics.quantiles(times_s, n=4, method="inclusive")
+    return Timing(middle * 1e6, low * 1e6, high * 1e6, len(times_s))
+
+
+def timings(
     variants: Mapping[str, Sequence[Call]], device: str, seconds: float = 1.0
-) -> dict[str, float]:
-    """Median microseconds per call of each variant; each is a list of calls on different inputs.
+) -> dict[str, Timing]:
+    """Microseconds per call of each variant; each is a list of calls on different inputs.
 
     Runs for about `seconds` per variant, at least 5 rounds, interleaved.
     """
-    make = _cuda_sample if device == "cuda" else _cpu_sample
-    samples = {name: make(calls) for name, calls in variants.items()}
-    found: dict[str, list[float]] = {name: [] for name in variants}
-    deadline = time.perf_counter() + seconds * len(variants)
-    while len(min(found.values(), key=len)) < 5 or time.perf_counter() < deadline:
-        for name, sample in samples.items():
-            found[name].append(sample())
-    return {name: statistics.median(times) * 1e6 for name, times in found.items()}
+    samplers = {name: sampler(calls, device) for name, calls in variants.items()}
+    return {name: summary(times) for name, times in rounds_s(samplers, seconds).items()}
+
+
+def median_us(
+    variants: Mapping[str, Sequence[Call]], device: str, seconds: float = 1.0
+) -> dict[str, float]:
+    """The medians of `timings`."""
+    return {name: found.time_us for name, found in timings(variants, device, seconds).items()}
+
+
+def host_us(call: Call, device: str, calls: int = 20) -> float | None:
+    """Median microseconds that the CPU needs to enqueue one call without a graph.
+
+    The device is idle before each, so that no call waits for room in its queue. None on a CPU,
+    where there is no other time.
+    """
+    if device != "cuda":
+        return None
+    times = []
+    for _ in range(calls + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times[3:]) * 1e6
 
 
 def rotations(bytes_per_call: int, device: str, least: int = 2) -> int:
@@ -88,23 +162,41 @@ def copy_roof_gbs(device: str, mib: int | None = None) -> float:
     mib = mib or (2048 if device == "cuda" else 128)
     source = torch.ones(mib * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    sample = (_cuda_sample if device == "cuda" else _cpu_sample)([lambda: target.copy_(source)])
+    sample = sampler([lambda: target.copy_(source)], device)
     best = min(sample() for _ in range(10))
     return 2 * source.numel() * 4 / best / 1e9
 
 
-def peak_mib(call: Call, device: str) -> float | None:
-    """MiB that a call holds at most beyond what was there before; None on a CPU: nobody counts."""
-    if device != "cuda":
-        return None
+def peak_mib(call: Call, device: str) -> float:
+    """MiB of tensors and scratch that a call holds at most beyond what was there before.
+
+    What torch's allocator gives out: on a GPU by its own statistics, on a CPU by the profiler's
+    record of every allocation. A C++ kernel's own vectors are in neither.
+    """
     call()
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # Otherwise the profiler announces its own start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        call()
+    # The public events sum up each operator's memory; only these keep the order of time.
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = top = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        held += size
+        top = max(top, held)
+    return top / 2**20
 
 
 def forward_backward(
