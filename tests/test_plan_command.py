@@ -26,10 +26,16 @@ def test_a_fit_of_bench_results(slmperf, tmp_path):
         }
         for number, cell in enumerate(measurements(h100))
     ]
-    content = {"schema": "slmperf.bench/1", "kind": "serve", "rows": rows}
-    (tmp_path / "results.json").write_text(json.dumps(content))
+    # What is no prediction's measurement: siblings that waited, text where there are ids.
+    rows += [{**rows[0], "name": "waited", "items": None, "ttft_p50_ms": 9e9}]
+    rows += [{**rows[0], "name": "text", "prompts": "text", "ttft_p50_ms": 9e9}]
+    files = []
+    for name, part in (("results", rows[::2]), ("more", rows[1::2])):
+        content = {"schema": "slmperf.bench/1", "kind": "serve", "rows": part}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(content))
     mine = tmp_path / "mine.json"
-    code, out, _ = slmperf("plan", "fit", tmp_path / "results.json", "--out", mine)
+    code, out, _ = slmperf("plan", "fit", *files, "--out", mine)
     assert code == 0 and "error %" in out
     assert LatencyModel.load(mine).token_us == pytest.approx(h100.token_us, rel=1e-3)
     asked = ("plan", "--target-ttft-ms", 100, "--context", "8k", "--gpu", mine, "--tp", 2)

@@ -109,7 +109,7 @@ def plan(
 @app.command()
 def fit(
     measurements: Annotated[
-        Path, typer.Argument(help="results.json of bench serve, or the paper's figures.")
+        list[Path], typer.Argument(help="Results of bench serve --shape, or the paper's figures.")
     ],
     like: Annotated[
         str, typer.Option(help="What is not fitted is taken from this model.")
@@ -126,10 +126,11 @@ def fit(
 
     base = _model(like)
     found = fit_cells(
-        read_cells(measurements),
+        [cell for path in measurements for cell in read_cells(path)],
         base,
-        name or measurements.stem,
-        f"Fitted on {measurements.name}; what is not fitted as in {base.name}.",
+        name or measurements[0].stem,
+        f"Fitted on {', '.join(path.name for path in measurements)}; "
+        f"what is not fitted as in {base.name}.",
     )
     model = found.model
     table = Table(title=f"{model.name}: predicted against measured", title_justify="left")

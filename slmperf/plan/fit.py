@@ -74,7 +74,7 @@ def read_cells(path: str | Path) -> list[Cell]:
     if isinstance(value, dict) and value.get("schema") == BENCH_SCHEMA:
         if value.get("kind") != "serve":
             raise InputError(f"{path}: kind is {value.get('kind')!r}, expected 'serve'")
-        cells = [_bench_cell(row, path) for row in value["rows"] if row.get("shape")]
+        cells = [_bench_cell(row, path) for row in _predictable(value["rows"])]
     elif isinstance(value, dict) and {"shapes", "ttft"} <= value.keys():
         cells = _paper_cells(value, path)
     else:
@@ -86,6 +86,16 @@ def read_cells(path: str | Path) -> list[Cell]:
     if not cells:
         raise InputError(f"{path}: no measurement has a shape (bench serve --shape)")
     return cells
+
+
+def _predictable(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows that name a shape and measure what a prediction says (`items` null: they do not, such as
+    siblings that waited for a cold prefix). Where prompts went as token ids, text is left out: it
+    pays for tokenising.
+    """
+    found = [row for row in rows if row.get("shape") and row.get("items", 1) is not None]
+    ids = [row for row in found if row.get("prompts", "ids") == "ids"]
+    return ids or found
 
 
 def _bench_cell(row: Mapping[str, Any], path: Path) -> Cell:
