@@ -13,11 +13,16 @@ from typing import Annotated, Any
 
 import typer
 
+from slmperf.bench import commands as bench_commands
+from slmperf.plan import commands as plan_commands
+
 app = typer.Typer(
     help="Turn a large teacher into a small, fast ranking model, and measure what it costs.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_commands.app, name="bench")
+app.add_typer(plan_commands.app, name="plan")
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,6 +64,38 @@ def run(
     from slmperf import recipe as recipes
 
     recipes.run(recipe, out or Path("runs") / recipe.stem, data=data)
+
+
+@app.command()
+def audit(
+    trainer: Annotated[
+        Path,
+        typer.Option(help="A script that uses transformers.Trainer.", show_default=False),
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="After --: the script's own arguments.")
+    ] = None,
+    formula: Annotated[
+        str | None,
+        typer.Option(
+            help="What the loss is meant to be, such as 'divergence=jsd,beta=0.5,kd_weight=0.9,"
+            "ce_weight=0.1,temperature=2'; by the trainer's settings if not given."
+        ),
+    ] = None,
+    step: Annotated[int, typer.Option(help="The step to look at.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")] = None,
+) -> None:
+    """Audit one step of a training script: its loss's gradient, terms, wasted rows, time.
+
+    The script runs until that step and then ends, without saving anything.
+    """
+    from slmperf.bench.auditing.script import audit_trainer
+    from slmperf.bench.auditing.table import print_report, write_report
+
+    report = audit_trainer(trainer, arguments or (), formula=formula, step=step)
+    if out is not None:
+        write_report(out, report)
+    print_report(report)
 
 
 @app.command()

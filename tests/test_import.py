@@ -43,6 +43,8 @@ ADDITIONS = {
     "difference log_loss parity_tasks task_scores Estimate Metrics Parity Run",
     # The bulk path of an evaluation, and the latency rows of the report.
     "engine": "score_prompts OpenPrefix Prefill Rank layer_split prefill_latency rank_latency",
+    # Section 6 has the command audit; this is the function behind it, and its types.
+    "bench": "AuditReport Formula audit",
     # The function that recipes call, and its results.
     "distill": "train TrainResult LossParts PackedBatches",
 }

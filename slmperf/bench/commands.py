@@ -1,0 +1,340 @@
+"""The commands `slmperf bench ...`. Only typer is imported here; each imports what it needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Measure: the machine's roof, operators, one layer, a serving load.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def serve(
+    workload: Annotated[
+        str, typer.Option(help="small, or a load of the paper: table7, table9, table10, table11.")
+    ] = "small",
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="http://HOST:PORT (OpenAI's /v1/completions), http://HOST:PORT/v1/score, or "
+            "MODULE:FUNCTION; this process's engine if not given."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint for this process's engine (random weights if not given), or the name "
+            "by which the server knows its model (asked for if not given)."
+        ),
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="ids, text, or both, one after the other.")] = "both",
+    rate: Annotated[float | None, typer.Option(help="Members a second (m).")] = None,
+    k: Annotated[int | None, typer.Option(help="Prompts per member, released together.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    suffix: Annotated[
+        int | None, typer.Option(help="Of these, tokens that a member's prompts do not share.")
+    ] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens out, at most.")] = None,
+    members: Annotated[int | None, typer.Option(help="Measured members.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Members before them, left out.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="constant or poisson.")] = None,
+    hot_after: Annotated[
+        float | None,
+        typer.Option(help="Seconds from a member's first prompt to the others; 0 is together."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of prompts and gaps; a new one each time if not given.")
+    ] = None,
+    vocabulary: Annotated[int, typer.Option(help="Ids that the server's model knows.")] = 32000,
+    device: Annotated[str, typer.Option(help="For this process's engine.")] = "auto",
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="A request is lost after this time.")] = 600.0,
+    shape: Annotated[
+        str | None, typer.Option(help="What the server runs, for slmperf plan fit: 3b, 2.1b, ...")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Likewise: GPUs per model.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Likewise: bf16, fp8, ...")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Likewise: the server's GPU.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the rows there, as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the times of cold and hot prompts (.png, .svg).")
+    ] = None,
+) -> None:
+    """Load a server as ranking does: members arrive, each with k prompts on one long prefix.
+
+    Arrivals never wait for answers. Prints TTFT, TPOT and input tokens a second, for the first
+    prompt of each member (cold), its siblings (hot) and all.
+    """
+    import secrets
+
+    from rich.console import Console
+
+    from slmperf.bench import results, serving, workloads
+    from slmperf.bench.endpoints import open_endpoint
+    from slmperf.bench.load import Endpoint
+    from slmperf.check import InputError
+    from slmperf.models.shapes import shape_of
+
+    work = workloads.workload(
+        workload,
+        rate=rate,
+        k=k,
+        context=context,
+        suffix=suffix,
+        output_tokens=output_tokens,
+        members=members,
+        warmup=warmup,
+        spacing=spacing,
+        hot_after_s=hot_after,
+        # A server that keeps prefixes would take a second run of one seed for hot.
+        seed=secrets.randbits(31) if seed is None else seed,
+    )
+    kinds = [kind for kind in workloads.KINDS if prompts in (kind, "both")]
+    if not kinds:
+        raise InputError(f"prompts are {prompts!r}, expected ids, text or both")
+    if tensor_parallel is not None and tensor_parallel < 1:
+        raise InputError(f"tensor_parallel is {tensor_parallel}, expected at least 1")
+    if shape is not None:
+        shape_of(shape)
+    serving.check_files(out, plot)
+    where = results.check_device(device)
+    if endpoint is None:
+        from slmperf.bench.engine_endpoint import open_engine
+
+        engine = open_engine(model, work, where)
+        for kind in kinds:
+            engine.check_kind(kind)
+        target: Endpoint = engine
+        vocabulary = engine.vocabulary
+    else:
+        target = open_endpoint(endpoint, model=model, api_key=api_key, timeout_s=timeout_s)
+    typer.echo(f"{work}; about {len(kinds) * work.seconds:.0f} s")
+    reports = [serving.measure(work, kind, target, vocabulary=vocabulary) for kind in kinds]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(serving.table(reports))
+    for line in (line for report in reports for line in report.lines):
+        typer.echo(line)
+    if plot is not None:
+        serving.plot(reports, plot)
+        typer.echo(f"plot: {plot}")
+    if out is not None:
+        given = {
+            "endpoint": endpoint or "engine",
+            "shape": shape,
+            "tensor_parallel": tensor_parallel,
+            "scheme": scheme,
+            "hardware": hardware,
+        }
+        rows = serving.rows(reports, **given)
+        results.write_results(out, "serve", rows, machine=results.machine(where))
+        typer.echo(f"results: {out}")
+
+
+@app.command()
+def layer(
+    shape: Annotated[
+        str, typer.Option(help="Shapes or checkpoint folders, the first being what others save on.")
+    ] = "3b,2.4b,2.1b",
+    context: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the prefill, k = 1024; 4k,16k,32k on a GPU, less on a CPU."),
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Ranks; the share of one of them is timed.")] = 1,
+    scheme: Annotated[
+        str | None, typer.Option(help="bf16, fp32, fp8, w8a8 or w4a16; the dtype's if not given.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the activations: bf16 or fp32; the device's faster if not given."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    allreduce_gbs: Annotated[
+        float | None,
+        typer.Option(help="For the simulated all-reduce; that of four H100 if not given."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the rows there, as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw stacked bars (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """Time one Transformer block part by part, and whole: random weights, batch 1, a prefill.
+
+    Prints for each context the shapes side by side, the change to the first, and for each part the
+    work and its share of this machine's roof. The all-reduces of --tp ranks are simulated.
+    """
+    from rich.console import Console
+
+    from slmperf.bench import layer as layers
+    from slmperf.bench import layer_options, layer_plot, layer_report, results
+    from slmperf.bench.roof import roof as measured_roof
+
+    where = results.check_device(device)
+    if plot is not None:
+        layer_plot.check_plot(plot)
+    shapes = layer_options.parse_shapes(shape)
+    scheme, dtype = layer_options.choose_scheme(scheme, dtype, where)
+    if context is None:
+        contexts = layer_options.default_contexts(where, scheme)
+    else:
+        contexts = layer_options.parse_contexts(context)
+    for tokens in contexts:  # all of it first: nothing is measured in vain
+        layer_options.check_layers(shapes, tokens, tp, scheme, dtype, where)
+        layers.allreduce(shapes[0], tokens, tp, allreduce_gbs)
+    if where == "cpu" and context is None:
+        typer.echo(
+            f"contexts are {' and '.join(map(str, contexts))} tokens: smaller on a CPU than on a "
+            "GPU, so that this ends within two minutes; --context sets others"
+        )
+    top = measured_roof(where)
+    found = []
+    for tokens in contexts:
+        new = layers.measure_layers(
+            shapes,
+            tokens,
+            tensor_parallel=tp,
+            scheme=scheme,
+            dtype=dtype,
+            device=where,
+            roof=top,
+            allreduce_gbs=allreduce_gbs,
+        )
+        for one in new:
+            typer.echo(f"{tokens} tokens, {one.shape}: {one.layer_us / 1e3:.4g} ms a layer")
+        found += new
+    # A pipe has no width: as much as the shapes need.
+    console = Console(width=None if sys.stdout.isatty() else 40 + 40 * len(shapes))
+    for table in layer_report.tables(found):
+        console.print(table)
+    for line in layer_report.lines(found):
+        typer.echo(line)
+    if plot is not None:
+        layer_plot.plot_layers(found, plot)
+        typer.echo(f"plot: {plot}")
+    if out is not None:
+        rows = [row for one in found for row in one.rows()]
+        results.write_results(
+            out, "layer", rows, machine=results.machine(where), roof=top.as_json()
+        )
+        typer.echo(f"results: {out}")
+
+
+@app.command()
+def roof(
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: the CPU, and the GPU where there is one.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure what this machine does at best: copy bandwidth, matrix rates, launch latency.
+
+    Always measured anew and kept; the table shows what was kept before beside it.
+    """
+    import json
+
+    from rich.console import Console
+
+    from slmperf.bench import results
+    from slmperf.bench import roof as roofs
+
+    best = results.check_device(device)
+    kinds = ["cpu", "cuda"] if (device, best) == ("auto", "cuda") else [best]
+    before = {kind: roofs.kept_roof(kind) for kind in kinds}
+    found = {kind: roofs.measure_roof(kind) for kind in kinds}
+    for one in found.values():
+        roofs.keep(one)
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in found.values()], indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for kind, one in found.items():
+        console.print(roofs.roof_table(one, before[kind]))
+
+
+@app.command()
+def ops(
+    op: Annotated[str | None, typer.Option(help="One op; all of them if not given.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seconds: Annotated[
+        float, typer.Option(help="Of timing per variant; at least five rounds.")
+    ] = 0.3,
+    out: Annotated[Path | None, typer.Option(help="Write the rows there, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the roofline (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Time every op, forward and backward, beside plain torch, torch.compile and rivals.
+
+    Exit code 1 where an implementation of ours cannot run or finds another result.
+    """
+    from rich.console import Console
+
+    from slmperf.bench import ops as benches
+    from slmperf.bench import plots, results
+    from slmperf.bench.roof import roof as measured_roof
+    from slmperf.check import InputError
+
+    where = results.check_device(device)
+    cases = benches.cases_of(op, where)
+    if plot is not None:
+        plots.check_plot(plot)
+    if seconds <= 0:
+        raise InputError(f"seconds is {seconds}, expected more than 0")
+    top = measured_roof(where)
+    rows: list[benches.Row] = []
+    refused: dict[str, str] = {}
+    ours: list[str] = []
+    with Console(stderr=True).status("") as status:
+        for number, case in enumerate(cases, 1):
+            status.update(f"{number} of {len(cases)}: {case.op} {case}")
+            ways = benches.variants(case, where)
+            found = benches.measure_case(case, where, top, seconds, ways)
+            rows += found.rows
+            refused |= found.refused
+            ours += [f"{case.op} {case} {name}" for name, way in ways.items() if way.role == "ours"]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(benches.rows_table(rows, refused, top))
+    if plot is not None:
+        plots.roofline(rows, top, plot)
+        typer.echo(f"plot: {plot}")
+    if out is not None:
+        content = benches.as_json(rows)
+        facts = results.machine(where)
+        results.write_results(
+            out, "ops", content, machine=facts, roof=top.as_json(), refused=refused
+        )
+        typer.echo(f"results: {out}")
+    if set(ours) & set(refused):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="Results of the one run.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="Results of the other.")],
+    fail_over: Annotated[
+        float | None, typer.Option(help="Exit code 1 where a row takes more times as long as this.")
+    ] = None,
+) -> None:
+    """Compare two result files row by row; what lies within their noise counts as the same.
+
+    Where both files hold a row's yardstick (plain torch beside it), times are taken in yardsticks;
+    yardsticks themselves do not count for --fail-over.
+    """
+    from rich.console import Console
+
+    from slmperf.bench import compare as comparing
+
+    found = comparing.compare(before, after)
+    for line in found.warnings:
+        typer.echo(line)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(comparing.changes_table(found))
+    worse = found.worse_than(fail_over) if fail_over is not None else []
+    for one in worse:
+        typer.echo(f"slower than {fail_over} x: {one.name}, {one.decisive:.2f} x")
+    if worse:
+        raise typer.Exit(1)
