@@ -19,8 +19,9 @@ Adding an op, say `gain`
     launcher).
 3.  One family of cases in `slmperf/testing/cases.py`: inputs that can fail, bytes moved. That
     alone puts the op into the battery (tests/test_ops.py), the offline compilation
-    (tests/test_kernels_compile.py) and the bench (bench/gpu_check.py).
-4.  Its name here, and its numeric targets in bench/targets.toml.
+    (bench/kernels_check.py) and the benches (slmperf bench ops, make gpu-check).
+4.  Its name here, its numeric targets in bench/targets.toml (a GPU's names the bench row that
+    decides it), and `make kernels-check UPDATE=1`, which records what its kernels compile to.
 """
 
 from slmperf.ops.divergence import JSD, ForwardKL, ReverseKL, divergence, divergence_reference
