@@ -39,7 +39,7 @@ import gpu_report  # noqa: E402
 # What a bench measures: the newest change below decides which comes first.
 BENCHES = {
     "ops": ("slmperf/ops", "triton_kernels", "csrc", "slmperf/bench/ops.py"),
-    "layer": ("slmperf/bench/layer.py", "slmperf/bench/block.py"),
+    "layer": ("slmperf/bench/layer",),
     "engine": ("slmperf/engine",),
 }
 GRACE_S = 20  # beyond the budget: for a section that keeps its own time to write down what it has

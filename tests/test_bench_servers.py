@@ -307,7 +307,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     with fake(cold_ms=5, hot_ms=1) as url:
         code, text, _ = command(
             *("--workload", "table11", "--endpoint", url, *load_of, "--prompts", "both"),
-            *("--shape", "2.1b", "--tensor-parallel", 4, "--scheme", "fp8", "--seed", 7),
+            *("--shape", "2.1b", "--tp", 4, "--scheme", "fp8", "--seed", 7),
             *("--out", out, "--plot", plot),
         )
     assert code == 0 and "TTFT P50, ms" in text and "spacing error" in text
@@ -318,14 +318,14 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert (row["context"], row["k"], row["seed"]) == (64, 4, 7)
         assert row["low_us"] <= row["time_us"] <= row["high_us"] <= row["ttft_p99_ms"] * 1000
     for wrong, message in (
-        (("--context", 0), "context is 0"),
+        (("--context", 0), "context is '0'"),
         (("--k", 0), "k is 0"),
         (("--rate", 0), "rate is 0.0"),
         (("--suffix", 512), "suffix is 512"),
         (("--workload", "table8"), "workload is 'table8', expected one of small, table7"),
         (("--prompts", "words"), "prompts are 'words'"),
         (("--shape", "5b"), "5b is no known shape"),
-        (("--tensor-parallel", 0), "tensor_parallel is 0"),
+        (("--tp", 0), "tp is 0"),
         (("--endpoint", "nonsense"), "endpoint is 'nonsense'"),
         (("--endpoint", "http://127.0.0.1:1"), "connection refused"),
         (("--model", "no/folder"), "model is 'no/folder'"),

@@ -36,7 +36,7 @@ def serve(
     prompts: Annotated[str, typer.Option(help="ids, text, or both, one after the other.")] = "both",
     rate: Annotated[float | None, typer.Option(help="Members a second (m).")] = None,
     k: Annotated[int | None, typer.Option(help="Prompts per member, released together.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens of a prompt: 512, 16k.")] = None,
     suffix: Annotated[
         int | None, typer.Option(help="Of these, tokens that a member's prompts do not share.")
     ] = None,
@@ -58,7 +58,7 @@ def serve(
     shape: Annotated[
         str | None, typer.Option(help="What the server runs, for slmperf plan fit: 3b, 2.1b, ...")
     ] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="Likewise: GPUs per model.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Likewise: GPUs per model.")] = None,
     scheme: Annotated[str | None, typer.Option(help="Likewise: bf16, fp8, ...")] = None,
     hardware: Annotated[str | None, typer.Option(help="Likewise: the server's GPU.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows there, as JSON.")] = None,
@@ -78,14 +78,14 @@ def serve(
     from slmperf.bench import results, serving, workloads
     from slmperf.bench.endpoints import open_endpoint
     from slmperf.bench.load import Endpoint
-    from slmperf.check import InputError
+    from slmperf.check import InputError, parse_tokens
     from slmperf.models.shapes import shape_of
 
     work = workloads.workload(
         workload,
         rate=rate,
         k=k,
-        context=context,
+        context=None if context is None else parse_tokens(context),
         suffix=suffix,
         output_tokens=output_tokens,
         members=members,
@@ -98,8 +98,8 @@ def serve(
     kinds = [kind for kind in workloads.KINDS if prompts in (kind, "both")]
     if not kinds:
         raise InputError(f"prompts are {prompts!r}, expected ids, text or both")
-    if tensor_parallel is not None and tensor_parallel < 1:
-        raise InputError(f"tensor_parallel is {tensor_parallel}, expected at least 1")
+    if tp is not None and tp < 1:
+        raise InputError(f"tp is {tp}, expected at least 1")
     if shape is not None:
         shape_of(shape)
     serving.check_files(out, plot)
@@ -127,7 +127,7 @@ def serve(
         given = {
             "endpoint": endpoint or "engine",
             "shape": shape,
-            "tensor_parallel": tensor_parallel,
+            "tensor_parallel": tp,
             "scheme": scheme,
             "hardware": hardware,
         }
@@ -159,9 +159,7 @@ def layer(
         typer.Option(help="For the simulated all-reduce; that of four H100 if not given."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows there, as JSON.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw stacked bars (.png, .svg, .pdf).")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw stacked bars (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Time one Transformer block part by part, and whole: random weights, batch 1, a prefill.
 
@@ -170,22 +168,23 @@ def layer(
     """
     from rich.console import Console
 
-    from slmperf.bench import layer as layers
-    from slmperf.bench import layer_options, layer_plot, layer_report, results
+    from slmperf.bench import results
+    from slmperf.bench.layer import measure, options, report
+    from slmperf.bench.layer import plot as plots
     from slmperf.bench.roof import roof as measured_roof
 
     where = results.check_device(device)
     if plot is not None:
-        layer_plot.check_plot(plot)
-    shapes = layer_options.parse_shapes(shape)
-    scheme, dtype = layer_options.choose_scheme(scheme, dtype, where)
+        plots.check_plot(plot)
+    shapes = options.parse_shapes(shape)
+    scheme, dtype = options.choose_scheme(scheme, dtype, where)
     if context is None:
-        contexts = layer_options.default_contexts(where, scheme)
+        contexts = options.default_contexts(where, scheme)
     else:
-        contexts = layer_options.parse_contexts(context)
+        contexts = options.parse_contexts(context)
     for tokens in contexts:  # all of it first: nothing is measured in vain
-        layer_options.check_layers(shapes, tokens, tp, scheme, dtype, where)
-        layers.allreduce(shapes[0], tokens, tp, allreduce_gbs)
+        options.check_layers(shapes, tokens, tp, scheme, dtype, where)
+        measure.allreduce(shapes[0], tokens, tp, allreduce_gbs)
     if where == "cpu" and context is None:
         typer.echo(
             f"contexts are {' and '.join(map(str, contexts))} tokens: smaller on a CPU than on a "
@@ -194,7 +193,7 @@ def layer(
     top = measured_roof(where)
     found = []
     for tokens in contexts:
-        new = layers.measure_layers(
+        new = measure.measure_layers(
             shapes,
             tokens,
             tensor_parallel=tp,
@@ -209,12 +208,12 @@ def layer(
         found += new
     # A pipe has no width: as much as the shapes need.
     console = Console(width=None if sys.stdout.isatty() else 40 + 40 * len(shapes))
-    for table in layer_report.tables(found):
+    for table in report.tables(found):
         console.print(table)
-    for line in layer_report.lines(found):
+    for line in report.lines(found):
         typer.echo(line)
     if plot is not None:
-        layer_plot.plot_layers(found, plot)
+        plots.plot_layers(found, plot)
         typer.echo(f"plot: {plot}")
     if out is not None:
         rows = [row for one in found for row in one.rows()]

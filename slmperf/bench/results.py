@@ -1,7 +1,8 @@
 """Result files: what every bench writes and `slmperf bench compare` and `slmperf plan fit` read.
 
     {"schema": "slmperf.bench/1",
-     "kind": "roof" | "ops" | "layer" | "serve" | "audit" | "gpu-check", "date": "2026-11-22T07:02Z",
+     "kind": "roof" | "ops" | "layer" | "serve" | "audit" | "gpu-check",
+     "date": "2026-11-22T07:02Z",
      "machine": {...}, "roof": {...} or null, "rows": [{...}, ...]}
 
 A row is flat: text, numbers, null and lists of them. Every row has a `name`, unique in its file,
