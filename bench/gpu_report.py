@@ -24,6 +24,8 @@ COLUMNS = (
     ("roof_share", "% roof", 100, 0),
     ("speedup", "x baseline", 1, 2),
     ("peak_mib", "peak MiB", 1, 0),
+    ("layer_change_pct", "layer, %", 1, 1),
+    ("attention_block_change_pct", "attention block, %", 1, 1),
 )
 
 
@@ -114,8 +116,8 @@ def _number(value, factor, decimals):
 
 
 def table(rows):
-    """Markdown lines: of a layer the whole block alone, of everything else each row."""
-    shown = [row for row in rows if row.get("part", "block") == "block"]
+    """Markdown lines: of a layer the whole block and its saving, of everything else each row."""
+    shown = [row for row in rows if row.get("part", "block") in ("block", "saving")]
     columns = [one for one in COLUMNS if any(row.get(one[0]) is not None for row in shown)]
     if not shown:
         return []

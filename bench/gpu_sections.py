@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,16 @@ from gpu_report import AGAIN, TAIL, owed  # noqa: E402
 from slmperf.bench import results  # noqa: E402
 
 # What is timed. On a CPU the same code at sizes that two cores finish.
+PRUNED = ("3b", "2.4b", "2.1b")
+# (shapes that are measured in turns, context, tensor parallel, scheme; None: the device's own).
 LAYERS = {
-    "cuda": (("3b", "2.4b", "2.1b"), (4096, 16384, 32768), ("bf16", "fp8")),
-    "cpu": (("2.4b", "2.1b"), (256,), (None,)),
-}
+    "cuda": (
+        (("2.4b", "2.1b"), 32768, 4, "fp8"),  # the paper's own case
+        *((PRUNED, context, 1, scheme) for context in (4096, 16384, 32768)
+          for scheme in ("fp8", "bf16")),
+    ),
+    "cpu": ((("2.4b", "2.1b"), 256, 1, None),),
+}  # fmt: skip
 # (shape, layers, context, candidates): latencies of the engine with random weights.
 ENGINES = {
     "cuda": (("3b", 28, 4096, 16), ("2.1b", 28, 4096, 16), ("2.1b", 28, 16384, 16)),
@@ -209,24 +216,38 @@ def ops_plan(device):
 
 
 def layer_plan(device):
-    """One Transformer block of the pruned shapes, part by part."""
-    from slmperf.bench.layer import measure_layer
+    """One Transformer block of pruned shapes, part by part, and what each saves on the one before.
 
-    shapes, contexts, schemes = LAYERS[device]
-    plan = {}
-    for context in contexts:
-        for scheme in schemes:
-            for shape in shapes:
+    A section is named as its row of savings is.
+    """
+    from slmperf.bench.layer import measure_layers
 
-                def work(part, facts, shape=shape, context=context, scheme=scheme):
-                    found = measure_layer(
-                        shape, context, scheme=scheme, device=device, roof=part.roof(),
-                        seconds=part.seconds,
-                    )  # fmt: skip
-                    yield from found.rows()
+    def title(shapes, context, ranks, scheme):
+        return f"{' -> '.join(map(str, shapes))}, {context} tokens, tp{ranks}, {scheme or 'default'}"
 
-                plan[f"{shape}-{context}-tp1-{scheme or 'default'}"] = work
-    return plan
+    def work(part, facts, shapes, context, ranks, scheme):
+        found = measure_layers(
+            shapes, context, tensor_parallel=ranks, scheme=scheme, device=device,
+            roof=part.roof(), seconds=part.seconds,
+        )  # fmt: skip
+        for layer in found:
+            yield from layer.rows()
+        for before, after in pairwise(found):
+            yield {
+                "name": title((before.shape, after.shape), context, ranks, scheme),
+                "part": "saving",
+                "time_us": after.layer_us,
+                "low_us": after.block.low_us + after.allreduce.time_us,
+                "high_us": after.block.high_us + after.allreduce.time_us,
+                "samples": after.block.samples,
+                "layer_change_pct": 100 * (after.layer_us / before.layer_us - 1),
+                "attention_block_change_pct": 100
+                * (after.attention_block_us / before.attention_block_us - 1),
+            }
+
+    return {
+        title(*one): lambda part, facts, one=one: work(part, facts, *one) for one in LAYERS[device]
+    }
 
 
 def timed(name, samples_ms):

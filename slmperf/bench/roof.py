@@ -37,7 +37,7 @@ SCHEMA = "slmperf.roof/1"
 FORMATS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
 # On a CPU large enough that a last-level cache of tens of MiB does not hold source and target.
 COPY_MIB = {"cpu": (128, 256), "cuda": (512, 1024, 2048)}
-MATRIX_SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
+MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 CONFIRMED_WITHIN = 0.15
 # A format whose product is slower than fp32's by this factor is emulated, number by number.
 EMULATED = 0.01
