@@ -66,10 +66,15 @@ BAD = {
     "base": (["--target-ttft-ms", 9, "--base", "9b"], "9b is no known shape"),
     "gpu": (["--target-ttft-ms", 9, "--gpu", "b200"], "no preset 'b200', expected one of a100"),
     "tp": (["--target-ttft-ms", 9, "--tp", 7], "which divides no shape of 8b, 3b, 1b"),
+    "tp 0": (["--target-ttft-ms", 9, "--tp", 0], "tensor_parallel is 0, expected at least 1"),
+    "endless": (["--target-ttft-ms", "inf"], "target_ttft_ms is inf, expected a number > 0"),
+    "no base": (["--target-ttft-ms", 9, "--base", ","], "base is ',', expected at least one"),
+    "price": (["--target-ttft-ms", 9, "--usd-per-gpu-hour", -1], "usd_per_gpu_hour is -1.0"),
+    "tokens": (["--target-ttft-ms", 9, "--item-tokens", "x"], "item tokens is 'x', expected"),
     "scheme": (["--target-ttft-ms", 9, "--scheme", "int3"], "scheme is 'int3', expected one of"),
     "items": (["--target-ttft-ms", 9, "--items", 0], "items is 0"),
     "item tokens": (["--target-ttft-ms", 9, "--context", 64], "item_tokens is 128, expected 1 to"),
-    "plot": (["--target-ttft-ms", 900, "--plot", "a.pdf"], "ends in .svg or .png"),
+    "plot": (["--target-ttft-ms", 900, "--plot", "a.txt"], "ends in .png, .svg or .pdf"),
     "choice": (["--target-ttft-ms", 900, "--write", "a.yaml", "--choice", 99], "choice is 99"),
     "nothing": (["--target-ttft-ms", 9, "--write", "a.yaml"], "nothing to write: no shape"),
 }
@@ -93,7 +98,10 @@ def test_bad_input_is_one_line(slmperf, monkeypatch, tmp_path, case):
         ('{"schema": "slmperf.bench/1", "kind": "ops", "rows": []}', "kind is 'ops'"),
         ('{"schema": "slmperf.bench/1", "kind": "serve", "rows": []}', "no measurement has"),
         ('{"schema": "slmperf.bench/1", "kind": "serve", "rows": [{"name": "a", "shape": "3b"}]}',
-         "row 'a': KeyError('context')"),
+         "row 'a': no context"),
+        ('{"schema": "slmperf.bench/1", "kind": "serve"}', "expected rows, each a mapping"),
+        ('{"shapes": {}, "ttft": []}', "expected ttft: table -> model"),
+        ('{"shapes": {"a": {"base": "8b"}}, "ttft": {"m1_k1_16k": {"a": []}}}', "expected ttft"),
     ],
 )  # fmt: skip
 def test_other_files_are_no_measurements(slmperf, tmp_path, content, complaint):

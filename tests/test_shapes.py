@@ -50,6 +50,8 @@ def test_shapes_from_a_table_a_folder_and_a_name(paper, tmp_path):
         ({"base": "8b", "layers": 0}, "layers is 0, expected a whole number >= 1"),
         ({"base": "8b", "q_heads": 12}, "heads is 12, expected a multiple of kv_heads 8"),
         ({"base": "8b", "num_experts": 8}, "num_experts is 8, expected a dense model"),
+        ({"base": "8b", "intermediate": [[1], [2]]}, "intermediate differs between layers"),
+        ({"base": "8b", "hidden": "4096"}, "hidden is '4096', expected a whole number"),
         (3.5, "expected a name, folder or config, found 3.5"),
     ],
 )

@@ -185,18 +185,21 @@ def _from_mapping(value: Mapping[str, Any], name: str) -> Shape:
     if "base" in value:
         base = vars(shape_of(str(value["base"])))
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if (value.get(key) or 0) > 1:
+        if isinstance(value.get(key), int) and value[key] > 1:
             raise InputError(f"shape {name}: {key} is {value[key]}, expected a dense model")
     sizes: dict[str, Any] = {}
     for size, keys in _CONFIG_KEYS.items():
         found = next((value[key] for key in keys if value.get(key) is not None), base.get(size))
-        if isinstance(found, list | tuple) and len(set(found)) == 1:
+        if isinstance(found, list | tuple):  # one number per layer
+            if not found or any(one != found[0] for one in found):
+                raise InputError(f"shape {name}: {size} differs between layers, expected one size")
             found = found[0]
         sizes[size] = found
     sizes["tied"] = bool(sizes["tied"])
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
-    if sizes["head_size"] is None and sizes["hidden"] and sizes["heads"]:
-        sizes["head_size"] = sizes["hidden"] // sizes["heads"]
+    hidden, heads = sizes["hidden"], sizes["heads"]
+    if sizes["head_size"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        sizes["head_size"] = hidden // heads
     missing = [f"{_CONFIG_KEYS[size][0]}" for size, found in sizes.items() if found is None]
     if missing:
         raise InputError(f"shape {name}: missing {', '.join(missing)}")

@@ -25,7 +25,7 @@ def plan(
     ] = "h100",
     tp: Annotated[int, typer.Option(help="GPUs that share a model (tensor parallel).")] = 1,
     items: Annotated[int, typer.Option(help="Prompts released together on one prefix.")] = 1,
-    item_tokens: Annotated[int, typer.Option(help="Tokens of each behind the prefix.")] = 128,
+    item_tokens: Annotated[str, typer.Option(help="Tokens of each behind the prefix.")] = "128",
     hot: Annotated[
         bool, typer.Option("--hot", help="Hold the target against the cached prefix.")
     ] = False,
@@ -36,7 +36,10 @@ def plan(
     usd_per_gpu_hour: Annotated[
         float, typer.Option(help="Price for the cost column; the default is an assumption.")
     ] = 3.0,
-    write: Annotated[Path | None, typer.Option(help="Write a choice as a recipe, YAML.")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write a choice as a recipe, YAML; it trains the base anew."),
+    ] = None,
     choice: Annotated[int, typer.Option(help="Which row --write takes.")] = 1,
     plot: Annotated[
         Path | None, typer.Option(help="Latency over parameters, .svg or .png.")
@@ -48,7 +51,7 @@ def plan(
     from slmperf.check import InputError, parse_tokens
     from slmperf.models.files import write_atomically
     from slmperf.models.shapes import shape_of
-    from slmperf.plan.plot import plot_plan
+    from slmperf.plan.plot import check_plot, plot_plan
     from slmperf.plan.recipe import recipe_text
     from slmperf.plan.search import floor_ms
     from slmperf.plan.search import plan as search
@@ -56,16 +59,22 @@ def plan(
     if target_ttft_ms is None:
         raise InputError("plan: --target-ttft-ms is missing, expected milliseconds such as 150")
     model = _model(gpu)
-    bases = [shape_of(one.strip()) for one in base.split(",")]
-    tokens = parse_tokens(context)
-    schemes = [one.strip() for one in scheme.split(",")] if scheme else list(model.gemm_tflops)
+    bases = [shape_of(one.strip()) for one in base.split(",") if one.strip()]
+    tokens, own_tokens = parse_tokens(context), parse_tokens(item_tokens, "item tokens")
+    schemes = [one.strip() for one in scheme.split(",") if one.strip()] or list(model.gemm_tflops)
+    if not bases:
+        raise InputError(f"plan: base is {base!r}, expected at least one shape")
+    if not usd_per_gpu_hour > 0:
+        raise InputError(f"plan: usd_per_gpu_hour is {usd_per_gpu_hour}, expected a number > 0")
+    if plot is not None:
+        check_plot(plot)
     found = search(
         target_ttft_ms=target_ttft_ms,
         context=tokens,
         gpu=model,
         tensor_parallel=tp,
         items=items,
-        item_tokens=item_tokens,
+        item_tokens=own_tokens,
         hot=hot,
         bases=bases,
         schemes=schemes,
@@ -77,9 +86,10 @@ def plan(
     if found:
         _print_choices(found, usd_per_gpu_hour)
     else:
-        least = floor_ms(model, context=tokens, items=items, item_tokens=item_tokens, hot=hot)
+        least = floor_ms(model, context=tokens, items=items, item_tokens=own_tokens, hot=hot)
         line = (
-            f"no shape of {base} meets {target_ttft_ms:g} ms; "
+            f"no shape of {base} that fits {model.device_memory_gb:g} GB meets "
+            f"{target_ttft_ms:g} ms; "
             f"the cost per token and per pass alone is {least:.0f} ms"
         )
         if write is not None:
@@ -100,7 +110,7 @@ def plan(
             context=tokens,
             tensor_parallel=tp,
             items=items,
-            item_tokens=item_tokens,
+            item_tokens=own_tokens,
             hot=hot,
         )
         typer.echo(f"wrote {plot}")
@@ -165,7 +175,8 @@ def _model(name: str) -> LatencyModel:
     from slmperf.plan.latency import LatencyModel
 
     path = Path(name)
-    return LatencyModel.load(path) if path.suffix == ".json" else LatencyModel.preset(name)
+    is_file = path.suffix == ".json" or path.is_file()
+    return LatencyModel.load(path) if is_file else LatencyModel.preset(name)
 
 
 def _print_choices(found: list, usd_per_gpu_hour: float) -> None:
@@ -198,7 +209,9 @@ def _print_choices(found: list, usd_per_gpu_hour: float) -> None:
             f"{one.parameters / 1e9:.3f}B",
             f"{one.weight_bytes / 1e9:.2f}",
             f"{one.kv_bytes_per_token / 1e3:.1f}",
-            f"{one.members_per_gpu:,}",
+            f"{one.members_per_gpu:,.0f}"
+            if one.members_per_gpu >= 10
+            else f"{one.members_per_gpu:.1f}",
             f"{one.ttft_cold_ms:.0f}" + "*" * bool(one.ttft_cold_ms.extrapolates),
             f"{one.ttft_hot_ms:.1f}" + "*" * bool(one.ttft_hot_ms.extrapolates),
             f"{one.gpu_hours_cold * usd_per_gpu_hour:.2f}",

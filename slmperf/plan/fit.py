@@ -74,7 +74,10 @@ def read_cells(path: str | Path) -> list[Cell]:
     if isinstance(value, dict) and value.get("schema") == BENCH_SCHEMA:
         if value.get("kind") != "serve":
             raise InputError(f"{path}: kind is {value.get('kind')!r}, expected 'serve'")
-        cells = [_bench_cell(row, path) for row in _predictable(value["rows"])]
+        rows = value.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{path}: expected rows, each a mapping")
+        cells = [_bench_cell(row, path) for row in _predictable(rows)]
     elif isinstance(value, dict) and {"shapes", "ttft"} <= value.keys():
         cells = _paper_cells(value, path)
     else:
@@ -110,19 +113,28 @@ def _bench_cell(row: Mapping[str, Any], path: Path) -> Cell:
             hot=bool(row.get("hot")),
             ttft_ms=float(row["ttft_p50_ms"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: row {row.get('name')!r}: {error!r}") from None
+    except InputError as error:
+        raise InputError(f"{path}: row {row.get('name')!r}: {error}") from None
+    except KeyError as error:
+        raise InputError(f"{path}: row {row.get('name')!r}: no {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: row {row.get('name')!r}: {error}") from None
 
 
 def _paper_cells(value: Mapping[str, Any], path: Path) -> list[Cell]:
     cells = []
-    for table, (context, items) in PAPER_TABLES.items():
-        for model, row in value["ttft"].get(table, {}).items():
-            if model not in value["shapes"] or row[0] is None:
-                continue
-            shape = shape_of(value["shapes"][model], model)
-            where = (context, PAPER_RANKS, PAPER_SCHEME, items, 1, False)
-            cells.append(Cell(shape, *where, ttft_ms=float(row[0])))
+    try:
+        for table, (context, items) in PAPER_TABLES.items():
+            for model, row in value["ttft"].get(table, {}).items():
+                if model not in value["shapes"] or row[0] is None:
+                    continue
+                shape = shape_of(value["shapes"][model], model)
+                where = (context, PAPER_RANKS, PAPER_SCHEME, items, 1, False)
+                cells.append(Cell(shape, *where, ttft_ms=float(row[0])))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected ttft: table -> model -> [p50_ms, ...] and shapes: {error}"
+        ) from None
     return cells
 
 
@@ -192,13 +204,15 @@ def _error_pct(model: LatencyModel, cell: Cell) -> float:
 def _solve(cells: Sequence[Cell], like: LatencyModel, schemes: tuple[str, ...]) -> LatencyModel:
     """The constants that fit best; again while terms change between computing and reading."""
     model, bound = like, None
-    for _ in range(20):
+    for turn in range(20):
         rows = [_row(model, cell, schemes) for cell in cells]
         now = [row.by_rate for row in rows]
         if now == bound:
             break
+        if turn == 0:
+            _check_determined(rows, schemes)
         bound = now
-        model = _with(model, schemes, _least_squares(rows, cells, schemes))
+        model = _with(like, schemes, _least_squares(rows, cells))
     return model
 
 
@@ -219,7 +233,11 @@ def _row(model: LatencyModel, cell: Cell, schemes: tuple[str, ...]) -> _Row:
         times = model.times(work, scheme)
         known += times.allreduce + times.elementwise
         tokens += work.new
-        by_rate += [times.gemm > model.weights_ms(work), times.attention > model.cache_ms(work)]
+        # A term that reading does not bound, or bounds no more than its rate, is the rate's.
+        by_rate += [
+            work.gemm_flops / model.gemm_tflops[scheme] / 1e9 >= model.weights_ms(work),
+            work.attention_flops / model.attention_tflops / 1e9 >= model.cache_ms(work),
+        ]
         gemm += work.gemm_flops / 1e9 * by_rate[-2]
         attention += work.attention_flops / 1e9 * by_rate[-1]
         known += times.gemm * (not by_rate[-2]) + times.attention * (not by_rate[-1])
@@ -227,16 +245,16 @@ def _row(model: LatencyModel, cell: Cell, schemes: tuple[str, ...]) -> _Row:
     return _Row([*rates, attention, tokens / 1e3, float(len(works))], known, by_rate)
 
 
-def _with(model: LatencyModel, schemes: tuple[str, ...], constants: np.ndarray) -> LatencyModel:
-    """The model with these constants: inverse rates of the schemes and of attention, us, ms."""
+def _with(like: LatencyModel, schemes: tuple[str, ...], constants: np.ndarray) -> LatencyModel:
+    """`like` with these constants: inverse rates of the schemes and of attention, us, ms."""
     *inverse, token_us, fixed_ms = constants.tolist()
     rates = [1 / one if one > 0 else math.inf for one in inverse]
     found = dict(zip(schemes, rates[:-1], strict=True))
-    scale = rates[0] / model.gemm_tflops[schemes[0]]
-    for scheme, rate in model.gemm_tflops.items():
+    scale = rates[0] / like.gemm_tflops[schemes[0]]
+    for scheme, rate in like.gemm_tflops.items():
         found.setdefault(scheme, rate * scale)
     return replace(
-        model,
+        like,
         gemm_tflops=found,
         attention_tflops=rates[-1],
         token_us=token_us,
@@ -244,36 +262,44 @@ def _with(model: LatencyModel, schemes: tuple[str, ...], constants: np.ndarray) 
     )
 
 
-def _least_squares(
-    rows: Sequence[_Row], cells: Sequence[Cell], schemes: tuple[str, ...]
-) -> np.ndarray:
-    """Constants >= 0 with the least sum of squared relative errors.
-
-    With so few of them every choice of constants held at zero is tried: the best one whose others
-    come out positive is the optimum.
-    """
+def _check_determined(rows: Sequence[_Row], schemes: tuple[str, ...]) -> None:
+    """InputError where the measurements cannot tell the constants apart."""
     names = [*(f"gemm rate ({one})" for one in schemes), "attention rate", "token_us", "fixed_ms"]
-    weight = 1 / np.array([cell.ttft_ms for cell in cells])
-    matrix = np.array([row.coefficients for row in rows]) * weight[:, None]
-    wanted = 1 - np.array([row.known_ms for row in rows]) * weight
+    matrix = np.array([row.coefficients for row in rows])
     size = np.linalg.norm(matrix, axis=0)
     unseen = [name for name, one in zip(names, size, strict=True) if one == 0]
     if unseen:
         raise InputError(f"fit: no measurement depends on the {', '.join(unseen)}")
-    matrix = matrix / size
     # Noise of a percent must not move a constant by its own size.
-    if len(rows) < len(names) or np.linalg.cond(matrix) > 1e4:
+    if len(rows) < len(names) or np.linalg.cond(matrix / size) > 1e4:
         raise InputError(
             f"fit: {len(rows)} measurements do not tell {', '.join(names)} apart, expected "
             f"at least {len(names)}, of several contexts and shapes"
         )
-    best, least = np.zeros(len(names)), math.inf
-    for kept in itertools.product((True, False), repeat=len(names)):
+
+
+def _least_squares(rows: Sequence[_Row], cells: Sequence[Cell]) -> np.ndarray:
+    """Constants >= 0 with the least sum of squared relative errors.
+
+    With so few of them every choice of constants held at zero is tried: the best one whose others
+    come out positive is the optimum. A constant that no row depends on any more stays at zero: its
+    rate came out so high that reading bounds the term everywhere.
+    """
+    weight = 1 / np.array([cell.ttft_ms for cell in cells])
+    matrix = np.array([row.coefficients for row in rows]) * weight[:, None]
+    wanted = 1 - np.array([row.known_ms for row in rows]) * weight
+    size = np.linalg.norm(matrix, axis=0)
+    seen = size > 0
+    matrix, size = matrix[:, seen] / size[seen], size[seen]
+    best, least = np.zeros(seen.sum()), math.inf
+    for kept in itertools.product((True, False), repeat=len(size)):
         some = np.array(kept)
-        found = np.zeros(len(names))
+        found = np.zeros(len(size))
         if some.any():
             found[some] = np.linalg.lstsq(matrix[:, some], wanted, rcond=None)[0]
         error = float(np.sum((matrix @ found - wanted) ** 2))
         if (found >= 0).all() and error < least:
             best, least = found, error
-    return best / size
+    constants = np.zeros(len(seen))
+    constants[seen] = best / size
+    return constants

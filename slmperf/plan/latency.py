@@ -97,6 +97,9 @@ class Prediction(float):
         made.extrapolates = extrapolates
         return made
 
+    def __getnewargs__(self) -> tuple[Any, ...]:  # copies and pickles are made by __new__
+        return self.breakdown, self.residual_pct, self.extrapolates
+
     def __str__(self) -> str:
         fitted = "" if self.residual_pct is None else f"fit within {self.residual_pct:.2g}%"
         return f"{float(self):.4g} ms ({'; '.join(filter(None, (fitted, *self.extrapolates)))})"
@@ -164,15 +167,35 @@ class LatencyModel:
         found = value.pop("schema", None) if isinstance(value, dict) else None
         if found != SCHEMA:
             raise InputError(f"{source}: schema is {found!r}, expected {SCHEMA!r}")
+        assert isinstance(value, dict)  # it has a schema
         try:
             seen: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in value["fitted"].items()
             }
             rates = {k: _number(v) for k, v in value["gemm_tflops"].items()}
             flat = {k: _number(v) for k, v in value.items() if k not in ("fitted", "gemm_tflops")}
-            return cls(**flat, gemm_tflops=rates, fitted=Fitted(**seen))
-        except (KeyError, TypeError, AttributeError) as error:
+            found = cls(**flat, gemm_tflops=rates, fitted=Fitted(**seen))
+            found._check()
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{source}: not a latency model: {error}") from None
+        return found
+
+    def _check(self) -> None:
+        """ValueError or TypeError where a file's constants are none."""
+        if not self.gemm_tflops or not self.gemm_tflops.keys() <= SCHEMES.keys():
+            raise ValueError(f"gemm_tflops is {dict(self.gemm_tflops)}, expected schemes' rates")
+        positive = {f"gemm_tflops {name}": rate for name, rate in self.gemm_tflops.items()}
+        for name in ("attention_tflops", "allreduce_gbs", "memory_gbs", "read_gbs"):
+            positive[name] = getattr(self, name)
+        for name, number in (positive | {"device_memory_gb": self.device_memory_gb}).items():
+            if not number > 0:
+                raise ValueError(f"{name} is {number}, expected a number > 0")
+        for name in ("token_us", "fixed_ms"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number >= 0")
+        for low, high in (self.fitted.context, self.fitted.parameters):
+            if low > high:
+                raise ValueError(f"fitted: {low} to {high} is no range")
 
     def save(self, path: str | Path) -> None:
         """Write as JSON that `load` reads."""
@@ -252,8 +275,10 @@ class LatencyModel:
 
     def _question(self, what: Any, context: int, ranks: int, scheme: str) -> tuple[Shape, int, str]:
         shape = shape_of(what)
-        if context < 1:
-            raise InputError(f"plan: context is {context}, expected at least 1 token")
+        if not isinstance(context, int) or context < 1:
+            raise InputError(
+                f"plan: context is {context!r}, expected a whole number of tokens >= 1"
+            )
         scheme = scheme or next(iter(self.gemm_tflops))
         if scheme not in self.gemm_tflops:
             known = ", ".join(self.gemm_tflops)

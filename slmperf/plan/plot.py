@@ -18,6 +18,14 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 STYLES = ("-", "--", ":", "-.")
 
 
+def check_plot(path: str | Path) -> str:
+    """The format that a file's name asks for; InputError for another than png, svg or pdf."""
+    kind = Path(path).suffix.lower().lstrip(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise InputError(f"plan: plot is {path}, expected a name that ends in .png, .svg or .pdf")
+    return kind
+
+
 def plot_plan(
     path: str | Path,
     model: LatencyModel,
@@ -32,12 +40,9 @@ def plot_plan(
 
     asked    context, tensor_parallel, items, item_tokens, hot: as in `LatencyModel.prefill_ms`
 
-    Those that meet the target and are listed are dots. Raises InputError for a file name that ends
-    in neither .svg nor .png.
+    Those that meet the target and are listed are dots. Raises InputError as `check_plot` does.
     """
-    kind = Path(path).suffix.lower().lstrip(".")
-    if kind not in ("svg", "png"):
-        raise InputError(f"plan: the plot is {path}, expected a name that ends in .svg or .png")
+    kind = check_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 5.0), layout="constrained")
@@ -81,5 +86,7 @@ def plot_plan(
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {})
+    figure.savefig(
+        content, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None
+    )
     write_atomically(path, content.getvalue())

@@ -68,6 +68,7 @@ def recipe_text(choice: Choice) -> str:
         f"parallel {choice.tensor_parallel}:",
         f"TTFT cold {cold}",
         f"TTFT hot {hot}",
+        f"The base is trained anew with {base}'s sizes: no checkpoint's weights are used.",
     ]
     if low_precision and choice.scheme != "w8a8":
         head.append(

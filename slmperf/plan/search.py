@@ -7,6 +7,7 @@ parameters has lost less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,11 +37,16 @@ class Choice:
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
-    members_per_gpu: int  # prompts of `context` tokens whose cache fits beside the weights
+    members: int  # prompts of `context` tokens whose cache fits beside the weights
     ttft_cold_ms: Prediction  # all items answered, the member's history not cached
     ttft_hot_ms: Prediction  # the same on a cached history
     gpu_hours_cold: float  # per million scores, GPUs never idle, a member's items at a time
     gpu_hours_hot: float
+
+    @property
+    def members_per_gpu(self) -> float:
+        """Of the cached prompts, one GPU's share."""
+        return self.members / self.tensor_parallel
 
 
 def plan(
@@ -55,7 +61,8 @@ def plan(
     bases: Sequence[Shape | str | Any] = BASES,
     schemes: Sequence[str] = (),
 ) -> list[Choice]:
-    """Shapes whose predicted TTFT is at most `target_ttft_ms`, most parameters first.
+    """Shapes whose predicted TTFT is at most `target_ttft_ms`, most parameters first, and whose
+    weights leave room for the cache of at least one prompt.
 
     gpu      a preset's name or a LatencyModel
     hot      hold the target against the cached prefix instead of the cold one
@@ -68,8 +75,10 @@ def plan(
     divides by tensor_parallel.
     """
     model = LatencyModel.preset(gpu) if isinstance(gpu, str) else gpu
-    if not target_ttft_ms > 0:
+    if not 0 < target_ttft_ms < math.inf:
         raise InputError(f"plan: target_ttft_ms is {target_ttft_ms}, expected a number > 0")
+    if tensor_parallel < 1:
+        raise InputError(f"plan: tensor_parallel is {tensor_parallel}, expected at least 1")
     choices: list[Choice] = []
     divided = False
     for base in map(shape_of, bases):
@@ -80,7 +89,8 @@ def plan(
                     one = _choice(
                         model, base, shape, scheme, context, tensor_parallel, items, item_tokens
                     )
-                    if (one.ttft_hot_ms if hot else one.ttft_cold_ms) <= target_ttft_ms:
+                    time_ms = one.ttft_hot_ms if hot else one.ttft_cold_ms
+                    if time_ms <= target_ttft_ms and one.members >= 1:
                         choices.append(one)
                         break
     if not divided:
@@ -147,7 +157,8 @@ def _choice(
     }
     cold = model.prefill_ms(shape, **asked)
     warm = model.prefill_ms(shape, **asked, hot=True)
-    weights, per_token = weight_bytes(shape, scheme), kv_bytes_per_token(shape)
+    weights = weight_bytes(shape, scheme)
+    per_token = kv_bytes_per_token(shape.rank(ranks)) * ranks  # heads that ranks repeat count twice
     left = model.device_memory_gb * 1e9 * USABLE - weights / ranks
     return Choice(
         base=base,
@@ -160,7 +171,7 @@ def _choice(
         parameters=shape.parameters,
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
-        members_per_gpu=max(0, int(left // (per_token * context))),
+        members=max(0, int(left * ranks // (per_token * context))),
         ttft_cold_ms=cold,
         ttft_hot_ms=warm,
         gpu_hours_cold=_gpu_hours(cold, ranks, items),
