@@ -4,6 +4,8 @@
     2 owed     the machine's roof, and the rows that targets of bench/targets.toml wait for
     3.. ops, layer, engine: the benches, the one first whose sources changed last
 
+Tests come before the rows owed: a row of a kernel that is wrong would settle a target falsely.
+
 A part (`--part`, by number or name; all of them if not given) writes one file,
 OUT/parts/<machine>.<commit>.<part>.json, after every section of it. So whatever ends it early, its
 time (`--budget-s`) or a kill, costs the section under way; started again, it takes up what is left.
@@ -19,6 +21,7 @@ through the environment variable SLMPERF_DATA. Exit code: 1 if a section failed,
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -42,6 +45,7 @@ BENCHES = {
     "layer": ("slmperf/bench/layer",),
     "engine": ("slmperf/engine",),
 }
+END_S = 10  # a killed process that is still there then hangs in a driver, and is left behind
 GRACE_S = 20  # beyond the budget: for a section that keeps its own time to write down what it has
 
 
@@ -141,25 +145,60 @@ def note(path, name, **section):
     gpu_report.write(path, content)
 
 
+def kill_session(leader):
+    """Kill what is left of the session that this process began, in whatever group it is.
+
+    Neither compilers behind a pip nor what a test started may run on beside the next measurement.
+    """
+    for _ in range(END_S * 100):  # again: what was starting a process may have gone on doing so
+        members = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
+                # "pid (name) state parent group session ...", and a name may hold anything.
+                fields = path.read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[3]) == leader and fields[0] not in "ZX":
+                    members.append(int(path.parent.name))
+        if not members:
+            return
+        for member in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def run_session(command, environment, seconds, **streams):
+    """A command in a session of its own: its exit code, None where it took longer than that many
+    seconds. However it ends, nothing that it started stays behind.
+    """
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, **streams
+    )
+    try:
+        return process.wait(max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        kill_session(process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
+
+
 def logged(path, name, command, environment, deadline):
     """Run a command as a section; whether it succeeded. Its last lines stay if it did not."""
     start = time.time()
     print(f"--- {name}: {' '.join(map(str, command))}", flush=True)
     with tempfile.TemporaryFile("w+") as log:
-        try:
-            code = subprocess.run(
-                list(map(str, command)), cwd=ROOT, env=environment, stdout=log,
-                stderr=subprocess.STDOUT, timeout=max(1, deadline - start),
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = 124
+        code = run_session(
+            command, environment, deadline - start, stdout=log, stderr=subprocess.STDOUT
+        )
         log.seek(0)
         text = log.read()
     seconds = round(time.time() - start, 1)
     if code == 0:
         note(path, name, status="done", seconds=seconds)
     else:
-        error = f"exit code {code}\n{text[-gpu_report.TAIL :]}"
+        how = "not finished within the part's time" if code is None else f"exit code {code}"
+        error = f"{text[-gpu_report.TAIL :]}\n{how}"
         note(path, name, status="failed", seconds=seconds, error=error)
         print(error, flush=True)
     return code == 0
@@ -194,16 +233,7 @@ def run_part(path, given, environment, deadline):
     command += [str(given.plan)] if given.plan else []
     while time.time() < deadline:
         print(f"--- {path.name}", flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        try:
-            code = process.wait(max(1.0, deadline + GRACE_S - time.time()))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            # Its session: a test's processes go with it.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        code = run_session(command, environment, deadline + GRACE_S - time.time())
         sections = json.loads(path.read_text())["sections"]
         under_way = [name for name, one in sections.items() if one["status"] == "running"]
         for name in under_way:

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -52,8 +53,27 @@ def write(path, content):
     os.replace(aside, path)
 
 
+def fault(part):
+    """What a part file lacks, None where it is whole."""
+    for key, kind in (("date", str), ("commit", str), ("device", str), ("machine", dict),
+                      ("roof", dict | None), ("sections", dict), ("rows", list)):  # fmt: skip
+        if not isinstance(part.get(key, ...), kind):
+            return f"{key} is {part.get(key, 'missing')!r:.60}"
+    for name, section in part["sections"].items():
+        if not isinstance(section, dict) or not isinstance(section.get("status"), str):
+            return f"section {name!r:.60} has no status"
+        if section["status"] == "failed" and not isinstance(section.get("error"), str):
+            return f"section {name!r:.60} failed without an error"
+    for row in part["rows"]:
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            return "a row has no name"
+        if not isinstance(row.get("time_us"), int | float):
+            return f"time_us of row {row['name']!r:.60} is no number"
+    return None
+
+
 def read_parts(folder):
-    """Every part file below a folder, oldest first."""
+    """Every part file below a folder, oldest first; of one that is not whole a line says so."""
     found = []
     for path in sorted(Path(folder).rglob("*.json")):
         try:
@@ -61,7 +81,10 @@ def read_parts(folder):
         except ValueError:
             continue
         if isinstance(content, dict) and content.get("kind") == "gpu-check" and "part" in content:
-            found.append(content)
+            if wrong := fault(content):
+                print(f"error: {path}: {wrong}, left out", file=sys.stderr)
+            else:
+                found.append(content)
     return sorted(found, key=lambda part: part["date"])
 
 

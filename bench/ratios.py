@@ -2,6 +2,8 @@
 
     python bench/ratios.py            print the ratios, beside those in bench/ratios.toml
     python bench/ratios.py --write    take them down there for this machine's instruction set
+    SLMPERF_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 python bench/ratios.py --write
+                                      the same for AVX2, ours and plain torch's, where AVX-512 is
 
 One thread, inputs that stay in the caches, fastest round against fastest round, in turns: of all
 figures these depend least on the machine and its other work. tests/test_regressions.py fails where

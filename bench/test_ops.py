@@ -3,7 +3,7 @@
     python -m pytest bench --benchmark-only --benchmark-json=ops.json
 
 A record is one round: every set of inputs once, on a GPU as one replay of a graph with the wait for
-it. extra_info says how many calls that is, and what was run.
+it. extra_info says how many calls that is, what was run, and how much memory a call holds at most.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slmperf.bench.ops import calls_of, cases_of, input_sets, variants
-from slmperf.testing.timing import replayed
+from slmperf.testing.timing import peak_mib, replayed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {f"{case.op}-{case}": case for case in cases_of(None, DEVICE)}
@@ -63,4 +63,5 @@ def test_op(benchmark, name, impl):
         run()  # compiles
     except (NotImplementedError, ImportError) as error:
         pytest.skip(str(error))
+    benchmark.extra_info["peak_mib"] = round(peak_mib(calls[0], DEVICE), 2)
     benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=0, iterations=1)

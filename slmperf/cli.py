@@ -89,13 +89,15 @@ def audit(
 
     The script runs until that step and then ends, without saving anything.
     """
+    from slmperf.bench.auditing.report import write_report
     from slmperf.bench.auditing.script import audit_trainer
-    from slmperf.bench.auditing.table import print_report, write_report
+    from slmperf.bench.results import check_files
 
+    check_files(out, None)
     report = audit_trainer(trainer, arguments or (), formula=formula, step=step)
     if out is not None:
         write_report(out, report)
-    print_report(report)
+    typer.echo(report)
 
 
 @app.command()
@@ -103,7 +105,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print what was built, what this machine has, and which implementation each op takes."""
-    facts = _facts()
+    from slmperf.bench.doctor import facts as find
+
+    facts = find()
     if as_json:
         import json
 
@@ -121,38 +125,6 @@ def doctor(
             table.add_row("" if number else section, name, _cell(value), end_section=last)
     # A pipe has no width; 120 columns keep a line of the table a line of the log.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _facts() -> dict[str, dict[str, Any]]:
-    """Sections of the doctor's table, in order; values are text, numbers or flat dicts."""
-    import platform
-    from importlib import metadata
-
-    from slmperf import _C, __version__, arch, ops
-
-    def installed(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    capability = arch.cuda_capability()
-    return {
-        "built": {"slmperf": __version__, **_C.build_facts()},
-        "machine": {
-            "cpu": f"{arch.cpu_name()}, {arch.cpu_count()} usable",
-            "cpu_isas": " ".join(arch.cpu_isas()),
-            "memory_mib": arch.memory_mib(),
-            "threads": arch.threads(),
-            "cuda": f"{arch.cuda_name()}, sm_{capability[0]}{capability[1]}"
-            if capability
-            else "no device",
-            "system": platform.platform(terse=True),
-        },
-        "packages": {"python": platform.python_version()}
-        | {name: installed(name) for name in ("torch", "triton", "transformers", "numpy")},
-        "ops": ops.implementations(),
-    }
 
 
 def _cell(value: Any) -> str:

@@ -170,7 +170,7 @@ def test_tables_compare_with_the_first_shape():
 
 
 def test_plot(tmp_path):
-    from slmperf.bench.layer.plot import COLOURS, check_plot, plot_layers
+    from slmperf.bench.layer.plot import COLOURS, plot_layers
 
     assert set(COLOURS) == set(layer_report.ORDER)
     layers = [
@@ -185,7 +185,7 @@ def test_plot(tmp_path):
         assert f"<!-- {part} -->" in text, part
     assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(InputError, match="expected a name that ends in .png"):
-        check_plot(tmp_path / "layer.txt")
+        plot_layers(layers, tmp_path / "layer.txt")
 
 
 def test_contexts_and_shapes_are_parsed(tmp_path):

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,15 @@ from slmperf.bench.roof import Roof
 from slmperf.check import InputError
 from slmperf.ops import JSD, ForwardKL, ReverseKL
 from slmperf.testing.cases import FAMILIES, DivergenceCase
-from slmperf.testing.timing import host_us, peak_mib, rounds_s, sampler, summary, timings
+from slmperf.testing.timing import (
+    host_us,
+    peak_mib,
+    rotations,
+    rounds_s,
+    sampler,
+    summary,
+    timings,
+)
 
 RATES = {"fp32": 2.0, "tf32": None, "bf16": 8.0, "fp16": 2.0, "fp8": None, "int8": 16.0}
 ROOF = Roof("abacus", "cpu", "1", "2.0", 1, 10.0, RATES, 2.0, "2020-01-01T00:00Z")
@@ -126,6 +135,27 @@ def test_every_variant_of_a_cpu_case_agrees(quick_compile, kind):
     assert [row.role for row in found.rows].count("ours") == 1, "the interpreter is not timed"
 
 
+def test_the_reference_runs_as_often_as_it_is_needed(monkeypatch):
+    """Its mean is taken for a rival alone, and a wait in a call is not time of the host."""
+    case, asked = tiny(), []
+    results_of = ops._results
+
+    def noted(case, given, run, mean=False):
+        asked.append(mean)
+        return results_of(case, given, run, mean)
+
+    monkeypatch.setattr(ops, "_results", noted)
+    monkeypatch.setattr(ops, "host_us", lambda call, device: 7.0)
+    plain = {"reference": Variant("plain", case.reference)}
+    measure_case(case, "cpu", ROOF, 0.0, plain)
+    assert asked == [False, False]  # the truth, and the variant against it
+    rival = Variant("rival", off(case, torch.mean), mean=True, graph=False)
+    rows = measure_case(case, "cpu", ROOF, 0.0, plain | {"rival": rival}).rows
+    assert asked.count(True) == 1
+    assert [(row.impl, row.host_us) for row in rows] == [("reference", 7.0), ("rival:eager", None)]
+    assert rows[1].cells()[1] == "-"
+
+
 def test_a_broken_reference_is_no_refusal():
     with pytest.raises(NotImplementedError):
         measure_case(tiny(), "cpu", ROOF, 0.01, {"reference": Variant("plain", fail)})
@@ -164,8 +194,35 @@ def test_inputs_are_the_same_in_separate_memory():
     assert len(sets) == 8
     assert len({given["student"].data_ptr() for given in sets}) == 8
     assert all(torch.equal(given["teacher"], sets[0]["teacher"]) for given in sets)
-    large = replace(tiny(), rows=200, vocabulary=40000)
-    assert len(ops.input_sets(large, "cpu")) == 1
+    for rows, count in ((100, 3), (250, 1)):  # of 305 KiB: 30 and 76 MiB in a set
+        large = replace(tiny(), rows=rows, vocabulary=40000)
+        assert len(ops.input_sets(large, "cpu")) == count
+
+
+@pytest.mark.parametrize("rows,vocabulary", [(64, 32000), (64, 128256), (4096, 128256), (3, 999)])
+def test_inputs_on_a_gpu_are_larger_than_its_cache(monkeypatch, rows, vocabulary):
+    """By the size of the inputs; a call moves more than that."""
+    cache = 60 * 2**20
+    facts = SimpleNamespace(L2_cache_size=cache)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    case = replace(tiny(dtype=torch.bfloat16), rows=rows, vocabulary=vocabulary)
+    size = 2 * rows * vocabulary * 2
+    asked = []
+
+    def counted(*given):
+        asked.append((*given, rotations(*given)))
+        return 1
+
+    shaped = lambda case, device="cpu": {  # noqa: E731
+        name: torch.empty(rows, vocabulary, dtype=case.dtype, device="meta")
+        for name in ("student", "teacher")
+    }
+    monkeypatch.setattr(DivergenceCase, "tensors", shaped)
+    monkeypatch.setattr(ops, "rotations", counted)
+    ops.input_sets(case, "cuda")
+    ((given, device, least, sets),) = asked
+    assert (given, device, least) == (size, "cuda", 2)
+    assert sets * size > 2 * cache or sets == 64
 
 
 def test_peak_of_a_known_pattern():
@@ -241,6 +298,37 @@ def test_the_command_fails_where_ours_cannot_run(one_tiny_case, monkeypatch, cap
     assert len(json.loads((tmp_path / "x").read_text())["refused"]) == 2
 
 
+def test_results_are_there_where_the_plot_fails(one_tiny_case, monkeypatch, tmp_path):
+    def fails(*given):
+        raise KeyError("no font")
+
+    monkeypatch.setattr(plots, "roofline", fails)
+    out, plot = tmp_path / "new" / "ops.json", tmp_path / "other" / "roof.SVG"
+    arguments = ("--device", "cpu", "--seconds", "0.01", "--out", out, "--plot", plot)
+    monkeypatch.setattr("sys.argv", ["slmperf", "bench", "ops", *map(str, arguments)])
+    with pytest.raises(KeyError):
+        cli.main()
+    assert results.read_results(out)["kind"] == "ops" and plot.parent.is_dir()
+
+
+def test_files_are_checked_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("slmperf.bench.roof.roof", lambda device: pytest.fail("measured"))
+    for option, path, said in (
+        ("--out", tmp_path / "file" / "x.json", "cannot write there"),
+        ("--out", tmp_path, "a folder"),
+        ("--plot", tmp_path / "file" / "x.png", "cannot write there"),
+        ("--plot", tmp_path / "x", "expected a name that ends in .png, .svg, .pdf"),
+    ):
+        for bench in ("ops", "layer"):
+            monkeypatch.setattr("sys.argv", ["slmperf", "bench", bench, option, str(path)])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            printed = capsys.readouterr()
+            assert end.value.code == 2 and not printed.out
+            assert said in printed.err and len(printed.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [
@@ -248,7 +336,8 @@ def test_the_command_fails_where_ours_cannot_run(one_tiny_case, monkeypatch, cap
         (["--device", "tpu"], "expected auto, cpu or cuda"),
         (["--device", "cuda"], "no CUDA device"),
         (["--seconds", "0"], "expected more than 0"),
-        (["--plot", "roof.txt"], ".png, .svg or .pdf"),
+        (["--seconds", "nan"], "expected more than 0"),
+        (["--plot", "roof.txt"], ".png, .svg, .pdf"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, said):
@@ -281,6 +370,7 @@ def test_ops_on_a_gpu():
     by_impl = {row.impl: row for row in rows}
     assert {"triton", "reference", "kl_div", "torch.compile"} <= set(by_impl)
     for row in rows:
-        assert row.host_us is not None and row.host_us > 1
+        if not row.impl.endswith(":eager"):  # a call that waits has no time of the host alone
+            assert row.host_us is not None and row.host_us > 1
         assert 0 < row.roof_share < 1.5 and row.peak_mib > 1
     assert by_impl["triton"].time_us < by_impl["reference"].time_us

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from fake_server import FakeEngine
 
-from slmperf.bench import load, serving
-from slmperf.bench.endpoints import Function
-from slmperf.bench.workloads import WORDS, WORKLOADS, Workload, arrivals_ns, releases, workload
+from slmperf.bench.serving import load
+from slmperf.bench.serving import report as serving
+from slmperf.bench.serving.endpoints import Function
+from slmperf.bench.serving.workloads import (
+    WORDS,
+    WORKLOADS,
+    Workload,
+    arrivals_ns,
+    releases,
+    workload,
+)
 from slmperf.check import InputError
 
 PAPER = ("table7", "table9", "table10", "table11")
@@ -218,6 +226,74 @@ def test_failures_are_samples():
         serving.measure(work, "ids", Function(lambda prompt, token: 1 / 0))
 
 
+def test_tokens_of_members_that_failed_in_part_are_in_no_rate():
+    """Every second member loses one prompt of four: the rate is that of the others, whole."""
+    clock = load.VirtualClock()
+    engine = FakeEngine(clock)
+
+    async def sometimes(prompt, token):
+        if prompt.member % 2 and prompt.place == 3:
+            raise ValueError("lost")
+        await engine(prompt, token)
+
+    work = small(members=11, warmup=0)
+    report = serving.summary(
+        work, "ids", load.run(releases(work, "ids", 1000), Function(sometimes), clock)
+    )
+    assert report.answered == pytest.approx(5.0)
+    groups = report.groups
+    assert groups["all"].input_tokens_per_s == pytest.approx(4 * 64 * 5)
+    assert groups["cold"].input_tokens_per_s == pytest.approx(64 * 5)
+    assert groups["member"].input_tokens_per_s == pytest.approx(4 * 64 * 5)
+    assert groups["hot"].input_tokens == 64
+
+
+def test_share_of_the_roof():
+    """Of cold prompts alone, and only where the roof is known."""
+    report = serving.summary(small(), "ids", virtual(small()))
+    assert report.roof_share is None and not any("roof" in line for line in report.lines)
+    beside = replace(report, ideal_us=25_000.0)
+    assert beside.roof_share == 0.25
+    assert any("25% of the roof, which would take 25 ms" in line for line in beside.lines)
+    shares = {row["group"]: row["roof_share"] for row in serving.rows([beside])}
+    assert shares == {"cold": 0.25, "hot": None, "all": None, "member": None}
+
+
+HANGING = """
+import threading
+from slmperf.bench.serving import load
+from slmperf.bench.serving.endpoints import open_endpoint
+from slmperf.bench.serving.workloads import Workload, releases
+
+def plain(prompt, token):
+    threading.Event().wait()
+
+async def waiting(prompt, token):
+    import asyncio
+    await asyncio.get_running_loop().create_future()
+
+def own(prompt, token):
+    raise TimeoutError("the database")
+
+plan = releases(Workload("test", rate=50.0, context=64, suffix=8, members=2, warmup=0), "ids", 99)
+for name in ("plain", "waiting", "own"):
+    endpoint = open_endpoint(f"__main__:{name}", timeout_s=0.2)
+    print([one.error for one in load.run(plan, endpoint, load.RealClock())])
+"""
+
+
+def test_a_function_that_never_answers():
+    """It is lost after its time, and does not keep the process from ending."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *["['no answer within 0.2 s', 'no answer within 0.2 s']"] * 2,
+        "['TimeoutError: the database', 'TimeoutError: the database']",
+    ]
+
+
 def test_threads_for_a_plain_function():
     """Blocking calls do not wait for each other."""
     import threading
@@ -362,7 +438,7 @@ def test_table_and_plot(tmp_path):
 
 def test_the_load_alone_needs_no_torch():
     code = (
-        "import sys, slmperf.bench.endpoints, slmperf.bench.serving\n"
+        "import sys, slmperf.bench.serving.endpoints, slmperf.bench.serving.report\n"
         "heavy = 'torch', 'typer', 'rich', 'pydantic', 'matplotlib'\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slmperf.bench import load, serving
-from slmperf.bench.endpoints import open_endpoint
-from slmperf.bench.http_endpoints import address
-from slmperf.bench.workloads import Workload, releases, workload
+from slmperf.bench.serving import load
+from slmperf.bench.serving import report as serving
+from slmperf.bench.serving.endpoints import open_endpoint
+from slmperf.bench.serving.http import address
+from slmperf.bench.serving.workloads import Workload, releases, workload
 from slmperf.check import InputError
 
 
@@ -47,7 +48,8 @@ def test_addresses():
     assert address("http://host/v1/").port == 80
     assert address("https://host/v1/score")[1:] == ("host", 443, "/v1/score", True)
     assert address("http://[::1]:8000/v1/completions").host == "::1"
-    for wrong in ("host:30000", "ftp://host", "http://", "http://host:99999", "http://host/v2"):
+    wrong_ones = ("host:30000", "ftp://host", "http://", "http://host:99999", "http://host/v2")
+    for wrong in (*wrong_ones, "http://foo..bar:80", f"http://{'a' * 64}:80"):
         with pytest.raises(InputError, match="endpoint is .* expected http"):
             address(wrong)
 
@@ -64,6 +66,15 @@ def test_completions(kind):
     assert (cold.cached_tokens, hot.cached_tokens) == (0, 16)
     assert report.groups["all"].input_tokens_per_s == pytest.approx(256 * report.answered)
     assert min(cold.ttft_ms) >= 20 and min(hot.ttft_ms) >= 2
+
+
+@pytest.mark.parametrize("path", ["", "/v1/score"])
+def test_texts_as_short_as_the_probe(path):
+    """The end of a text of a few letters is that text: the probe must not lose it its prompt."""
+    work = small(members=3, k=2, context=3, suffix=1, warmup=0)
+    with fake(cold_ms=1, hot_ms=1) as url:
+        report = serving.measure(work, "text", open_endpoint(url + path), vocabulary=1000)
+    assert report.first_error is None and report.groups["cold"].failed == 0
 
 
 @pytest.mark.parametrize("kind", ["ids", "text"])
@@ -217,8 +228,9 @@ def test_endpoint_names(tmp_path, monkeypatch):
     for wrong in ("own_endpoint:none", "own_endpoint:number", "no_such:f", "words", "a:b:c", ""):
         with pytest.raises(InputError, match="endpoint"):
             open_endpoint(wrong)
-    with pytest.raises(InputError, match="timeout_s is 0"):
-        open_endpoint("http://host", timeout_s=0.0)
+    for wrong in (0.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"timeout_s is {wrong}"):
+            open_endpoint("http://host", timeout_s=wrong)
 
 
 # This process's engine, and the command.
@@ -226,7 +238,7 @@ def test_endpoint_names(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("output_tokens", [1, 4])
 def test_engine(output_tokens):
-    from slmperf.bench.engine_endpoint import EngineEndpoint, open_engine
+    from slmperf.bench.serving.engine import EngineEndpoint, open_engine
 
     work = small(rate=50.0, members=4, output_tokens=output_tokens)
     endpoint = open_engine(None, work, "cpu")
@@ -257,7 +269,7 @@ def test_engine(output_tokens):
 def test_checkpoint(tmp_path):
     """Its own vocabulary and tokenizer; without one, ids only."""
     from slmperf import models
-    from slmperf.bench.engine_endpoint import open_engine
+    from slmperf.bench.serving.engine import open_engine
 
     work = small(rate=50.0, members=2)
     first = open_engine(None, work, "cpu")
@@ -274,7 +286,7 @@ def test_generation_behind_the_open_prefix():
     """The tokens are those of the whole prompt from nothing."""
     import torch
 
-    from slmperf.bench.engine_endpoint import open_engine
+    from slmperf.bench.serving.engine import open_engine
 
     work = small(output_tokens=5)
     endpoint = open_engine(None, work, "cpu")
@@ -292,21 +304,76 @@ def test_generation_behind_the_open_prefix():
     assert len(tokens) == 5 and torch.equal(kept["ids"], alone)
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    from slmperf import cli
+LOAD = ("--members", 3, "--warmup", 1, "--rate", 20, "--context", 64, "--suffix", 8)
+
+
+@pytest.fixture
+def some_roof(monkeypatch):
+    """A roof that takes no time to measure."""
+    from slmperf.bench import roof as roofs
+
+    rates = dict.fromkeys(roofs.FORMATS, 1.0)
+    top = roofs.Roof("here", "cpu", "1", "2", 1, 100.0, rates, 1.0, "2026-01-01T00:00Z")
+    monkeypatch.setattr(roofs, "roof", lambda device: top)
+    return top
+
+
+def test_what_the_engine_ran_is_what_the_file_says(tmp_path, slmperf, some_roof):
+    """Its own sizes and dtype for plan fit, and its share of the roof: nobody can misname it."""
+    from slmperf.bench.results import read_results
+    from slmperf.bench.serving.engine import RANDOM
+    from slmperf.plan.fit import read_cells
+    from slmperf.plan.latency import prefill_works
+
+    out = tmp_path / "r.json"
+    command = ("bench", "serve", "--device", "cpu", *LOAD, "--prompts", "ids", "--k", 1)
+    code, text, error = slmperf(*command, "--out", out)
+    assert code == 0, error
+    (cell,) = read_cells(out)
+    assert (cell.scheme, cell.tensor_parallel, cell.context) == ("fp32", 1, 64)
+    assert cell.shape.layers == RANDOM["num_hidden_layers"]
+    assert cell.shape.intermediate == RANDOM["intermediate_size"]
+    content = read_results(out)
+    assert content["roof"]["copy_gbs"] == 100.0
+    cold = next(row for row in content["rows"] if row["group"] == "cold")
+    (work,) = prefill_works(cell.shape, 1, "fp32", context=64, items=1, item_tokens=1, hot=False)
+    moved = work.weight_bytes + work.elementwise_bytes
+    ideal = some_roof.ideal_us(moved, work.gemm_flops + work.attention_flops, "fp32")
+    assert cold["roof_share"] == pytest.approx(ideal / cold["time_us"], rel=1e-3)
+    assert f"cold P50 at {100 * cold['roof_share']:.0f}% of the roof" in text
+    for option in ("--shape", "--tp", "--scheme", "--hardware"):
+        code, _, error = slmperf(*command, option, 3)
+        assert code == 2 and f"{option} says what a server runs" in error
+
+
+@pytest.mark.parametrize("changed", ["experts", "weights"])
+def test_an_engine_that_no_shape_describes(changed, some_roof):
+    """It is measured all the same, beside no roof, and plan fit does not take it."""
+    from slmperf.bench.serving.engine import open_engine
+
+    work = small(rate=50.0, members=2)
+    endpoint = open_engine(None, work, "cpu")
+    config = endpoint.engine.model.config
+    if changed == "experts":
+        config.num_local_experts = 8
+        assert endpoint.facts()["shape"] is None
+    else:
+        config.quantization_config = {"quant_method": "compressed-tensors"}
+        assert endpoint.facts()["scheme"] is None and endpoint.facts()["shape"] is None
+    report = endpoint.measure(work, "ids", some_roof)
+    assert report.first_error is None and report.ideal_us is None
+
+
+def test_command(tmp_path, slmperf):
     from slmperf.bench.results import read_results
 
     def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["slmperf", "bench", "serve", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code or 0, *capsys.readouterr()
+        return slmperf("bench", "serve", *arguments)
 
-    load_of = ("--members", 3, "--warmup", 1, "--rate", 20, "--context", 64, "--suffix", 8)
     out, plot = tmp_path / "r.json", tmp_path / "p.png"
     with fake(cold_ms=5, hot_ms=1) as url:
         code, text, _ = command(
-            *("--workload", "table11", "--endpoint", url, *load_of, "--prompts", "both"),
+            *("--workload", "table11", "--endpoint", url, *LOAD, "--prompts", "both"),
             *("--shape", "2.1b", "--tp", 4, "--scheme", "fp8", "--seed", 7),
             *("--out", out, "--plot", plot),
         )
@@ -324,15 +391,20 @@ def test_command(tmp_path, monkeypatch, capsys):
         (("--suffix", 512), "suffix is 512"),
         (("--workload", "table8"), "workload is 'table8', expected one of small, table7"),
         (("--prompts", "words"), "prompts are 'words'"),
-        (("--shape", "5b"), "5b is no known shape"),
-        (("--tp", 0), "tp is 0"),
+        (("--suffix", 0), "suffix is '0', expected a number of tokens"),
+        (("--suffix", "1k"), "suffix is 1024, expected 1 to 511"),
+        (("--endpoint", "http://x", "--shape", "5b"), "5b is no known shape"),
+        (("--endpoint", "http://x", "--tp", 0), "tp is 0"),
+        (("--endpoint", "http://x", "--vocabulary", 3), "vocabulary is 3"),
+        (("--endpoint", "http://x", "--timeout-s", "nan"), "timeout_s is nan"),
         (("--endpoint", "nonsense"), "endpoint is 'nonsense'"),
         (("--endpoint", "http://127.0.0.1:1"), "connection refused"),
         (("--model", "no/folder"), "model is 'no/folder'"),
         (("--endpoint", "http://localhost:1/v1/score"), "score: connection refused"),
         (("--device", "tpu"), "device is 'tpu'"),
         (("--plot", "times.xyz"), "plot is times.xyz, expected"),
-        (("--out", "/proc/none/r.json"), "/proc/none: No such file or directory"),
+        (("--out", "/proc/none/r.json"), "out is /proc/none/r.json: cannot write there"),
     ):
-        code, _, error = command(*wrong)
+        code, text, error = command(*wrong)
+        assert "about" not in text or "refused" in message, (wrong, text)  # nothing is announced
         assert code == 2 and message in error and error.count("\n") == 1, (wrong, error)

@@ -240,6 +240,29 @@ def test_parts_from_elsewhere_are_merged_and_settle_targets(
     assert changed == [target | {"status": status}]
 
 
+@pytest.mark.parametrize("key", ["date", "roof", "sections", "rows", "time_us", "status"])
+def test_a_part_file_that_is_not_whole_is_left_out(check, report, desk, capsys, key):
+    """One line for it; the others are merged."""
+    whole = part_of(report, "tests", [row_of("kept")], device="cpu")
+    broken = part_of(report, "ops", [row_of("lost")])
+    if key == "time_us":
+        del broken["rows"][0][key]
+    elif key == "status":
+        broken["sections"] = {"s": {}}
+    else:
+        del broken[key]
+    report.write(desk / "back" / "a.json", broken)
+    options = ["--merge", str(desk / "back"), "--out", str(desk / "bench/results")]
+    assert check.main(options) == 2
+    (first, last) = capsys.readouterr().err.splitlines()
+    assert "a.json: " in first and key in first and "no part files" in last
+    report.write(desk / "back" / "b.json", whole)
+    assert check.main(options) == 0
+    content = read_results(desk / "bench/results/nvidia-h200/2026-11-22-abc1234.json")
+    assert [row["name"] for row in content["rows"]] == ["kept"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_cpu_settles_no_gpu_target(check, report, desk):
     target = report.owed((desk / "bench/targets.toml").read_text())[0]
     before = (desk / "bench/targets.toml").read_text()
@@ -325,9 +348,13 @@ def test_owed_targets_name_a_section_each(sections, report, root):
         where = [name for name, plan in plans.items() if any(map(row.startswith, plan))]
         assert where == ["owed"], target["name"]
     assert all(next(iter(plan)) == "roof" for plan in plans.values())
-    cases = sum(len(family.bench["cuda"]) for family in FAMILIES.values())
-    assert len(plans["ops"]) == 1 + cases - len(plans["owed"]) + 1
-    assert "3b-32768-tp1-fp8" in plans["layer"] and len(plans["engine"]) == 4
+    every = [section for make in sections.BENCHES.values() for section in make("cuda")]
+    taken = [section for plan in plans.values() for section in plan if section != "roof"]
+    assert sorted(taken) == sorted(every)
+    assert sum(len(family.bench["cuda"]) for family in FAMILIES.values()) < len(every)
+    assert (
+        "3b -> 2.4b -> 2.1b, 32768 tokens, tp1, fp8" in plans["layer"] and len(plans["engine"]) == 4
+    )
 
 
 @pytest.fixture
@@ -336,7 +363,7 @@ def stub(sections, report, tmp_path, monkeypatch):
     path = tmp_path / "part.json"
     report.write(path, part_of(report, "ops", [], sections={}))
     (tmp_path / "plan.py").write_text(PLAN)
-    monkeypatch.setattr(sections, "machine_facts", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(sections, "machine_facts", lambda part, device: {"device": "a GPU"})
     return path
 
 
@@ -413,6 +440,109 @@ def test_a_build_that_fails_is_tried_without_cuda(check, report, tmp_path, monke
     assert environment["PYTHONPATH"].split(os.pathsep) == [*map(str, check.SITES), "/own"]
     monkeypatch.setattr(check, "logged", lambda *given: False)
     assert not check.prepare(tmp_path / "part.json", given, {}, 0.0)
+
+
+# A process that starts another in a group of its own, says its number, and waits or ends.
+STARTS = """
+import subprocess, sys, time
+child = subprocess.Popen(["sleep", "300"], process_group=0, stdout=subprocess.DEVNULL)
+print("child", child.pid, flush=True)
+time.sleep({seconds})
+"""
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and was not asked for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_compilers_behind_a_pip_end_with_their_time(check, report, tmp_path):
+    """Else they would run on beside what is measured next; a command that ends leaves none too."""
+    path = tmp_path / "part.json"
+    report.write(path, part_of(report, "tests", [], sections={}))
+    for seconds, code in ((300, "not finished within the part's time"), (0, "exit code 3")):
+        program = STARTS.format(seconds=seconds) + "\nsys.exit(3)"
+        command = [sys.executable, "-c", program]
+        assert not check.logged(path, "build", command, dict(os.environ), time.time() + 2)
+        error = json.loads(path.read_text())["sections"]["build"]["error"]
+        assert error.splitlines()[-1] == code
+        assert not alive(error.split()[1])
+
+
+def test_a_parts_end_is_the_end_of_everything_in_it(check, report, tmp_path):
+    """Its process has died and left something behind, in a group of its own."""
+    (tmp_path / "plan.py").write_text(
+        "import os, subprocess\n\ndef work(part, facts):\n"
+        "    child = subprocess.Popen(['sleep', '300'], process_group=0)\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n    os._exit(9)\n\n"
+        "def plan(part, device):\n    return {'starts': work}\n"
+    )
+    path = tmp_path / "part.json"
+    report.write(path, part_of(report, "ops", [], sections={}, device="cpu"))
+    given = check.arguments_of(["--plan", str(tmp_path / "plan.py")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    check.run_part(path, given, environment, time.time() + 60)
+    assert statuses(path) == {"starts": "failed"}
+    assert not alive((tmp_path / "pid").read_text())
+
+
+def test_what_a_test_started_ends_with_its_time(sections, stub, tmp_path):
+    late = sections.Part(stub, time.time() + 4, 1.0)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_starts.py").write_text(
+        "import subprocess, time\nimport pytest\n\n@pytest.mark.gpu\ndef test_starts():\n"
+        "    child = subprocess.Popen(['sleep', '300'])\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n    time.sleep(300)\n"
+    )
+    with pytest.raises(sections.Failed, match="not finished within the part's time"):
+        sections.run_test(str(tmp_path / "test_starts.py"), late, {})
+    assert not alive((tmp_path / "pid").read_text())
+
+
+def test_doctor_needs_no_command_line(sections, stub, tmp_path, monkeypatch):
+    """An image without typer and pydantic still says what was built."""
+    for name in ("typer", "rich", "pydantic"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not on this image')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    facts = {}
+    sections.doctor(None, facts)
+    assert list(facts["doctor"]) == ["built", "machine", "packages", "ops"]
+
+
+def test_the_tests_have_the_device_to_themselves(sections, report, tmp_path, monkeypatch):
+    """The process that starts them asks nothing of it."""
+
+    def machine(device):
+        raise AssertionError("asked in the tests' parent")
+
+    monkeypatch.setattr(sections.results, "machine", machine)
+    path, plan = tmp_path / "part.json", tmp_path / "plan.py"
+    plan.write_text("def plan(part, device):\n    return {}\n")
+    report.write(path, part_of(report, "tests", [], sections={}, device="cpu"))
+    assert sections.main([str(path), str(time.time() + 60), "1.0", str(plan)]) == 0
+    found = json.loads(path.read_text())["machine"]
+    assert found["torch"] == torch.__version__ and found["kind"] == "cpu"
+
+
+def test_engine_rows_hold_their_share_of_the_roof(sections, stub, monkeypatch):
+    from slmperf.models.shapes import Shape
+
+    tiny = Shape(1, 64, 2, 1, 32, 128, 256)
+    monkeypatch.setattr(sections, "ENGINES", {"cpu": ((tiny, 2, 64, 3),)})
+    part = sections.Part(stub, time.time() + 60, 1.0)
+    # Ten bytes a microsecond and operations for nothing: the least time is that of the bytes.
+    part.kept_roof = type("Roof", (), {"ideal_us": lambda self, bytes, flops, dtype: bytes / 10})()
+    (work,) = sections.engine_plan("cpu").values()
+    rows = {row["name"].rpartition(", ")[2]: row for row in work(part, {})}
+    assert set(rows) == {"prefill", "rank 3 uncached", "rank 3 cached"}
+    least = {name: row["roof_share"] * row["time_us"] for name, row in rows.items()}
+    weights = 2 * tiny.layer_matrix_parameters * 4
+    assert least["rank 3 uncached"] > least["prefill"] > weights / 10
+    assert weights / 10 < least["rank 3 cached"] < least["rank 3 uncached"]
 
 
 @pytest.mark.gpu

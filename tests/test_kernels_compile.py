@@ -164,6 +164,50 @@ def test_a_kernel_that_spills_or_drops_hgmma_fails(root, planted):
     (folder / "kernels.json").write_text(before)
 
 
+# Arguments of every kind, as a launcher gives them.
+ARGUMENTS = """
+import torch
+import triton
+import triton.language as tl
+
+from slmperf.testing import offline
+
+
+@triton.jit
+def mixed(x_ptr, bias_ptr, y_ptr, size, far, one, scale, flag, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + at, mask=inside, other=0.0)
+    x = tl.where(flag, x, -x)
+    tl.store(y_ptr + at * one + far, x, mask=inside)
+
+
+def launches(capability):
+    y = torch.empty(1024)
+    given = [torch.empty(64, dtype=dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    with offline._as_if_on(capability) as seen:
+        for x in given if capability == 90 else given[1:]:  # an A100 has no fp8e4nv
+            kernel = triton.runtime.jit.JITFunction(mixed.fn)
+            kernel[(1,)](x, None, y[1:], 64, 2**40 + 1, 1, 0.5, True, BLOCK=64, num_warps=2)
+    return seen
+"""
+
+
+def test_arguments_are_what_triton_takes_them_for(root, tmp_path):
+    """fp8, None, a bool, 1, a long integer and a tensor off 16 bytes; and all of it compiles."""
+    code, lines, errors = planted_check(root, tmp_path, ARGUMENTS, "--update")
+    assert code == 0 and not failures(lines), (lines, errors)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    rest = "*fp32 i32:16 i64 fp32 u1; bias_ptr=None, one=1, BLOCK=64, num_warps=2)"
+    assert [(row["sm"], row["launch"]) for row in rows] == [
+        ("sm_80", f"mixed(*fp8e5:16 {rest}"),
+        ("sm_90", f"mixed(*fp8e4nv:16 {rest}"),
+        ("sm_90", f"mixed(*fp8e5:16 {rest}"),
+    ]
+
+
 def test_a_kernel_that_does_not_compile_and_an_idle_exemption_fail(root, tmp_path):
     broken = PLANTED.replace("few_rows(*", "nothing(*").replace("tl.dot(", "tl.dot(c_ptr, ")
     code, lines, errors = planted_check(root, tmp_path, broken)

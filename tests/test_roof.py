@@ -7,8 +7,10 @@ import torch
 
 from slmperf import cli
 from slmperf.bench import roof as roofs
+from slmperf.bench.compare import compare
+from slmperf.bench.results import read_results
 from slmperf.bench.roof import FORMATS, Roof, keep, kept_roof, measure_roof
-from slmperf.testing.timing import copy_roof_gbs
+from slmperf.testing.timing import Timing, copy_rates_gbs
 
 RATES = {"fp32": 2.0, "tf32": None, "bf16": 8.0, "fp16": 2.0, "fp8": None, "int8": 16.0}
 
@@ -38,7 +40,8 @@ def stubbed(monkeypatch):
 
     def measure(kind):
         state["measured"] += 1
-        return made(copy_gbs=state["copy"], date="2030-01-01T00:00Z")
+        times = {"copy, 1 GB": Timing(1e6 / state["copy"], 9000.0, 11000.0, 10)}
+        return made(copy_gbs=state["copy"], date="2030-01-01T00:00Z", times=times)
 
     monkeypatch.setattr(roofs, "copy_roof_gbs", lambda kind, mib: state["copy"])
     monkeypatch.setattr(roofs, "measure_roof", measure)
@@ -60,6 +63,13 @@ def test_share_is_the_ideal_time_by_the_time():
 def test_measured_on_this_machine(monkeypatch):
     monkeypatch.setitem(roofs.COPY_MIB, "cpu", (16,))
     monkeypatch.setitem(roofs.MATRIX_SIZES, "cpu", (192,))
+    copies = []
+
+    def copied(*given):
+        copies.append(copy_rates_gbs(*given))
+        return copies[-1]
+
+    monkeypatch.setattr(roofs, "copy_rates_gbs", copied)
     before = torch.get_float32_matmul_precision()
     roof = measure_roof("cpu")
     assert torch.get_float32_matmul_precision() == before
@@ -70,7 +80,17 @@ def test_measured_on_this_machine(monkeypatch):
     assert roof.matrix_tflops["tf32"] is None and "GPU" in roof.missing["tf32"]
     assert roof.matrix_tflops["fp32"] and roof.matrix_tflops["bf16"] and roof.matrix_tflops["int8"]
     assert 0.05 < roof.launch_us < 1000
-    assert 0.2 < roof.copy_gbs / copy_roof_gbs("cpu", 16) < 5
+    (rates,) = copies
+    assert len(rates) == 10 and roof.copy_gbs == max(rates) > 0
+    rows = {row["name"]: row for row in roof.rows()}
+    there = [name for name in FORMATS if name not in roof.missing]
+    assert list(rows) == [
+        "cpu copy, 1 GB", *(f"cpu matrix product {name}, 1 TFLOP" for name in there), "cpu launch"
+    ]  # fmt: skip
+    for row in rows.values():
+        assert 0 < row["best_us"] <= row["low_us"] <= row["time_us"] <= row["high_us"]
+    assert rows["cpu copy, 1 GB"]["best_us"] == pytest.approx(1e6 / roof.copy_gbs)
+    assert rows["cpu launch"]["samples"] == 10
     assert roof.threads == torch.get_num_threads() and roof.device
     assert Roof(**json.loads(json.dumps(roof.as_json()))) == roof
 
@@ -166,6 +186,37 @@ def test_the_command_always_measures_and_shows_what_was_before(stubbed, monkeypa
     assert command(monkeypatch, "bench", "roof", "--device", "cpu", "--json") == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert Roof(**entry).copy_gbs == 100.0 and stubbed["measured"] == 2
+
+
+def test_two_roofs_can_be_compared(stubbed, monkeypatch, capsys, tmp_path):
+    for name, rate in (("A.json", 100.0), ("B.json", 50.0)):
+        stubbed["copy"] = rate
+        arguments = ("--device", "cpu", "--json", "--out", str(tmp_path / name))
+        assert command(monkeypatch, "bench", "roof", *arguments) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) and name in printed.err, "stdout is JSON alone"
+    content = read_results(tmp_path / "A.json")
+    assert content["kind"] == "roof" and content["roof"]["copy_gbs"] == 100.0
+    (change,) = compare(tmp_path / "A.json", tmp_path / "B.json").changes
+    assert change.name == "cpu copy, 1 GB" and change.ratio == pytest.approx(2.0)
+
+
+def test_a_roof_that_cannot_be_kept_is_still_shown(stubbed, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLMPERF_CACHE", str(tmp_path / "file" / "cache"))
+    assert command(monkeypatch, "bench", "roof", "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    assert "100 GB/s" in printed.out
+    assert len(printed.err.splitlines()) == 1 and "not kept: " in printed.err
+
+
+def test_nothing_is_measured_for_a_file_that_cannot_be_written(
+    stubbed, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "roof.json"
+    assert command(monkeypatch, "bench", "roof", "--device", "cpu", "--out", str(out)) == 2
+    assert stubbed["measured"] == 0 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):

@@ -1,10 +1,15 @@
 """Measurements: one line per shape and implementation, against a roof of the same run.
 
-roof    what the machine does at best: copy, matrix products, launch
-ops     every op against plain torch, torch.compile and installed rivals
-serving what a load of members and their prompts gives, on an engine or a server
-compare two result files row by row
-audit   one training step looked at from outside: gradient error, terms, rows and time for nothing
+roof      what the machine does at best: copy, matrix products, launch
+ops       every op against plain torch, torch.compile and installed rivals
+layer     one Transformer block part by part, pruned beside unpruned
+serving   what a load of members and their prompts gives, on an engine or a server
+compare   two result files row by row
+auditing  one training step looked at from outside: gradient error, terms, rows, time for nothing
+commands  `slmperf bench ...`: roof, ops, layer, serve, compare
+results   the files that all of them write
+plots     the roofline of ops
+rivals    other projects' packages, where they are installed
 
 Names are loaded on first use, so that `slmperf --help` costs no import of torch.
 """

@@ -38,7 +38,7 @@ def serve(
     k: Annotated[int | None, typer.Option(help="Prompts per member, released together.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens of a prompt: 512, 16k.")] = None,
     suffix: Annotated[
-        int | None, typer.Option(help="Of these, tokens that a member's prompts do not share.")
+        str | None, typer.Option(help="Of these, tokens that a member's prompts do not share.")
     ] = None,
     output_tokens: Annotated[int | None, typer.Option(help="Tokens out, at most.")] = None,
     members: Annotated[int | None, typer.Option(help="Measured members.")] = None,
@@ -56,7 +56,11 @@ def serve(
     api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
     timeout_s: Annotated[float, typer.Option(help="A request is lost after this time.")] = 600.0,
     shape: Annotated[
-        str | None, typer.Option(help="What the server runs, for slmperf plan fit: 3b, 2.1b, ...")
+        str | None,
+        typer.Option(
+            help="What the server runs, for slmperf plan fit: 3b, 2.1b, ...; this process's "
+            "engine knows its own, and the three below."
+        ),
     ] = None,
     tp: Annotated[int | None, typer.Option(help="Likewise: GPUs per model.")] = None,
     scheme: Annotated[str | None, typer.Option(help="Likewise: bf16, fp8, ...")] = None,
@@ -69,15 +73,17 @@ def serve(
     """Load a server as ranking does: members arrive, each with k prompts on one long prefix.
 
     Arrivals never wait for answers. Prints TTFT, TPOT and input tokens a second, for the first
-    prompt of each member (cold), its siblings (hot) and all.
+    prompt of each member (cold), its siblings (hot) and all; on this process's engine the share of
+    this machine's roof too. Of a server the roof is not known.
     """
     import secrets
 
     from rich.console import Console
 
-    from slmperf.bench import results, serving, workloads
-    from slmperf.bench.endpoints import open_endpoint
-    from slmperf.bench.load import Endpoint
+    from slmperf.bench import results
+    from slmperf.bench.serving import report as serving
+    from slmperf.bench.serving import workloads
+    from slmperf.bench.serving.endpoints import open_endpoint
     from slmperf.check import InputError, parse_tokens
     from slmperf.models.shapes import shape_of
 
@@ -86,7 +92,7 @@ def serve(
         rate=rate,
         k=k,
         context=None if context is None else parse_tokens(context),
-        suffix=suffix,
+        suffix=None if suffix is None else parse_tokens(suffix, "suffix"),
         output_tokens=output_tokens,
         members=members,
         warmup=warmup,
@@ -98,42 +104,51 @@ def serve(
     kinds = [kind for kind in workloads.KINDS if prompts in (kind, "both")]
     if not kinds:
         raise InputError(f"prompts are {prompts!r}, expected ids, text or both")
+    server = {"shape": shape, "tp": tp, "scheme": scheme, "hardware": hardware}
+    said = [name for name, value in server.items() if value is not None]
+    if endpoint is None and said:
+        raise InputError(
+            f"--{said[0]} says what a server runs, expected --endpoint beside it: this process's "
+            "engine has its own"
+        )
     if tp is not None and tp < 1:
         raise InputError(f"tp is {tp}, expected at least 1")
     if shape is not None:
         shape_of(shape)
-    serving.check_files(out, plot)
+    results.check_files(out, plot)
     where = results.check_device(device)
+    announced = f"{work}; about {len(kinds) * work.seconds:.0f} s"
     if endpoint is None:
-        from slmperf.bench.engine_endpoint import open_engine
+        from slmperf.bench.roof import roof as measured_roof
+        from slmperf.bench.serving.engine import open_engine
 
         engine = open_engine(model, work, where)
         for kind in kinds:
             engine.check_kind(kind)
-        target: Endpoint = engine
-        vocabulary = engine.vocabulary
+        workloads.check_vocabulary(engine.vocabulary)
+        top = measured_roof(where)
+        typer.echo(announced)
+        reports = [engine.measure(work, kind, top) for kind in kinds]
+        facts, roof_facts = engine.facts(), top.as_json()
     else:
+        workloads.check_vocabulary(vocabulary)
         target = open_endpoint(endpoint, model=model, api_key=api_key, timeout_s=timeout_s)
-    typer.echo(f"{work}; about {len(kinds) * work.seconds:.0f} s")
-    reports = [serving.measure(work, kind, target, vocabulary=vocabulary) for kind in kinds]
+        typer.echo(announced)
+        reports = [serving.measure(work, kind, target, vocabulary=vocabulary) for kind in kinds]
+        facts = {"shape": shape, "tensor_parallel": tp, "scheme": scheme, "hardware": hardware}
+        roof_facts = None
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(serving.table(reports))
     for line in (line for report in reports for line in report.lines):
         typer.echo(line)
+    if out is not None:
+        rows = serving.rows(reports, endpoint=endpoint or "engine", **facts)
+        machine = results.machine(where)
+        results.write_results(out, "serve", rows, machine=machine, roof=roof_facts)
+        typer.echo(f"results: {out}")
     if plot is not None:
         serving.plot(reports, plot)
         typer.echo(f"plot: {plot}")
-    if out is not None:
-        given = {
-            "endpoint": endpoint or "engine",
-            "shape": shape,
-            "tensor_parallel": tp,
-            "scheme": scheme,
-            "hardware": hardware,
-        }
-        rows = serving.rows(reports, **given)
-        results.write_results(out, "serve", rows, machine=results.machine(where))
-        typer.echo(f"results: {out}")
 
 
 @app.command()
@@ -174,8 +189,7 @@ def layer(
     from slmperf.bench.roof import roof as measured_roof
 
     where = results.check_device(device)
-    if plot is not None:
-        plots.check_plot(plot)
+    results.check_files(out, plot)
     shapes = options.parse_shapes(shape)
     scheme, dtype = options.choose_scheme(scheme, dtype, where)
     if context is None:
@@ -212,15 +226,15 @@ def layer(
         console.print(table)
     for line in report.lines(found):
         typer.echo(line)
-    if plot is not None:
-        plots.plot_layers(found, plot)
-        typer.echo(f"plot: {plot}")
     if out is not None:
         rows = [row for one in found for row in one.rows()]
         results.write_results(
             out, "layer", rows, machine=results.machine(where), roof=top.as_json()
         )
         typer.echo(f"results: {out}")
+    if plot is not None:
+        plots.plot_layers(found, plot)
+        typer.echo(f"plot: {plot}")
 
 
 @app.command()
@@ -229,6 +243,9 @@ def roof(
         str, typer.Option(help="cpu, cuda, or auto: the CPU, and the GPU where there is one.")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a row per rate there, for slmperf bench compare.")
+    ] = None,
 ) -> None:
     """Measure what this machine does at best: copy bandwidth, matrix rates, launch latency.
 
@@ -242,17 +259,26 @@ def roof(
     from slmperf.bench import roof as roofs
 
     best = results.check_device(device)
+    results.check_files(out, None)
     kinds = ["cpu", "cuda"] if (device, best) == ("auto", "cuda") else [best]
     before = {kind: roofs.kept_roof(kind) for kind in kinds}
     found = {kind: roofs.measure_roof(kind) for kind in kinds}
-    for one in found.values():
-        roofs.keep(one)
     if as_json:
         typer.echo(json.dumps([one.as_json() for one in found.values()], indent=1))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for kind, one in found.items():
-        console.print(roofs.roof_table(one, before[kind]))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        for kind, one in found.items():
+            console.print(roofs.roof_table(one, before[kind]))
+    if out is not None:
+        rows = [row for one in found.values() for row in one.rows()]
+        facts = results.machine(best)
+        results.write_results(out, "roof", rows, machine=facts, roof=found[best].as_json())
+        typer.echo(f"results: {out}", err=as_json)
+    try:
+        for one in found.values():
+            roofs.keep(one)
+    except OSError as error:
+        typer.echo(f"not kept: {roofs.cache_file()}: {error.strerror}", err=True)
 
 
 @app.command()
@@ -278,10 +304,9 @@ def ops(
 
     where = results.check_device(device)
     cases = benches.cases_of(op, where)
-    if plot is not None:
-        plots.check_plot(plot)
-    if seconds <= 0:
+    if not 0 < seconds < float("inf"):
         raise InputError(f"seconds is {seconds}, expected more than 0")
+    results.check_files(out, plot)
     top = measured_roof(where)
     rows: list[benches.Row] = []
     refused: dict[str, str] = {}
@@ -296,9 +321,6 @@ def ops(
             ours += [f"{case.op} {case} {name}" for name, way in ways.items() if way.role == "ours"]
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(benches.rows_table(rows, refused, top))
-    if plot is not None:
-        plots.roofline(rows, top, plot)
-        typer.echo(f"plot: {plot}")
     if out is not None:
         content = benches.as_json(rows)
         facts = results.machine(where)
@@ -306,6 +328,9 @@ def ops(
             out, "ops", content, machine=facts, roof=top.as_json(), refused=refused
         )
         typer.echo(f"results: {out}")
+    if plot is not None:
+        plots.roofline(rows, top, plot)
+        typer.echo(f"plot: {plot}")
     if set(ours) & set(refused):
         raise typer.Exit(1)
 
@@ -315,7 +340,8 @@ def compare(
     before: Annotated[Path, typer.Argument(metavar="A.json", help="Results of the one run.")],
     after: Annotated[Path, typer.Argument(metavar="B.json", help="Results of the other.")],
     fail_over: Annotated[
-        float | None, typer.Option(help="Exit code 1 where a row takes more times as long as this.")
+        float | None,
+        typer.Option(help="Exit code 1 where a row takes more times as long as this, or is gone."),
     ] = None,
 ) -> None:
     """Compare two result files row by row; what lies within their noise counts as the same.
@@ -326,14 +352,23 @@ def compare(
     from rich.console import Console
 
     from slmperf.bench import compare as comparing
+    from slmperf.check import InputError
 
+    if fail_over is not None and not fail_over >= 1:
+        raise InputError(f"fail-over is {fail_over}, expected a factor of at least 1")
     found = comparing.compare(before, after)
     for line in found.warnings:
         typer.echo(line)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(comparing.changes_table(found))
-    worse = found.worse_than(fail_over) if fail_over is not None else []
+    if fail_over is None:
+        return
+    worse = found.worse_than(fail_over)
     for one in worse:
         typer.echo(f"slower than {fail_over} x: {one.name}, {one.decisive:.2f} x")
-    if worse:
+    if found.missing:
+        names = ", ".join(one.name for one in found.missing[:3])
+        more = ", ..." if len(found.missing) > 3 else ""
+        typer.echo(f"{len(found.missing)} rows of A have no time in B: {names}{more}")
+    if worse or found.missing:
         raise typer.Exit(1)

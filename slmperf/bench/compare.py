@@ -70,6 +70,11 @@ class Comparison(NamedTuple):
             if one.verdict == "slower" and not one.is_yardstick and one.decisive > limit
         ]
 
+    @property
+    def missing(self) -> list[Change]:
+        """Rows of A that have no time in B: lost, or no longer able to run."""
+        return [one for one in self.changes if one.verdict == "only in A"]
+
     def summary(self) -> str:
         """How many rows had which verdict."""
         counts = Counter(one.verdict for one in self.changes)

@@ -3,10 +3,10 @@
     op shape dtype setting impl | us | host us | GB/s | TFLOP/s | % roof | x baseline | peak MiB
 
 A row is forward and backward of one case. "us" is the median of interleaved rounds, on a GPU of
-graph replays over inputs larger than the second-level cache; "host us" is what the CPU needs to
-enqueue the call without a graph. Bytes and operations are the case's least, so "% roof" is the time
-of an ideal kernel by that of this one; "x baseline" is against the fastest baseline that ran beside
-it: plain torch, torch.compile of it, or an installed rival.
+graph replays over sets of inputs that together are larger than the second-level cache; "host us" is
+what the CPU needs to enqueue the call without a graph. Bytes and operations are the case's least,
+so "% roof" is the time of an ideal kernel by that of this one; "x baseline" is against the fastest
+baseline that ran beside it: plain torch, torch.compile of it, or an installed rival.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ HEADER = f"op shape dtype setting impl | {' | '.join(COLUMNS)}"
 # A result further off than this share of the largest value comes from a mis-wired variant; how
 # exact the right ones are is the battery's question.
 AGREES_WITHIN = 0.05
-# What a round on a CPU moves at least, so that the next one finds nothing in the caches.
+# Inputs of a round on a CPU, in eight sets at most: more than its cores' own caches hold. The last
+# shared one of a server may be larger; then the rows of small cases come from there.
 CPU_ROUND_BYTES = 64 * 2**20
 
 
@@ -65,7 +66,7 @@ class Row:
     low_us: float  # quartiles
     high_us: float
     samples: int
-    host_us: float | None  # None on a CPU
+    host_us: float | None  # None on a CPU, and where the call waits for the device
     gbs: float
     tflops: float | None  # None where the case has no matrix product
     roof_share: float
@@ -188,7 +189,8 @@ def measure_case(
     torch.compiler.reset()  # a limit on recompilations would silently run a later case uncompiled
     ways = variants(case, device) if ways is None else ways
     sets = input_sets(case, device)
-    truth = {mean: _results(case, sets[0], case.reference, mean) for mean in (False, True)}
+    forms = {way.mean for way in ways.values()}
+    truth = {mean: _results(case, sets[0], case.reference, mean) for mean in forms}
     calls: dict[str, list[Call]] = {}
     samplers = {}
     refused: dict[str, str] = {}
@@ -211,12 +213,13 @@ def measure_case(
 
 
 def input_sets(case: Case, device: str) -> list[Tensors]:
-    """The case's tensors as leaves, in as much memory as no cache holds."""
+    """The case's tensors as leaves, in sets of their own memory: see `rotations`."""
     made = case.tensors(device)
-    least = max(1, min(8, -(-CPU_ROUND_BYTES // case.bytes))) if device == "cpu" else 2
+    size = sum(tensor.nbytes for tensor in made.values())
+    least = max(1, min(8, -(-CPU_ROUND_BYTES // size))) if device == "cpu" else 2
     return [
         with_gradients(case, {name: tensor.clone() for name, tensor in made.items()})
-        for _ in range(rotations(case.bytes, device, least))
+        for _ in range(rotations(size, device, least))
     ]
 
 
@@ -270,7 +273,7 @@ def _rows(
             impl=name if ways[name].graph else f"{name}:eager",
             role=ways[name].role,
             **time._asdict(),
-            host_us=host_us(calls[name][0], device),
+            host_us=host_us(calls[name][0], device) if ways[name].graph else None,
             gbs=case.bytes / time.time_us * 1e-3,
             tflops=case.flops / time.time_us * 1e-6 if case.flops else None,
             roof_share=roof.share(case.bytes, case.flops, case.dtype, time.time_us),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmperf.bench.ops import Row
+from slmperf.bench.results import check_plot
 from slmperf.bench.roof import Roof
-from slmperf.check import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,14 +23,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FORMAT_OF = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
 
 
-def check_plot(path: str | Path) -> None:
-    """InputError for a file name that does not end in .png, .svg or .pdf."""
-    if Path(path).suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"plot is {path}, expected a name that ends in .png, .svg or .pdf")
-
-
 def roofline(rows: Sequence[Row], roof: Roof, path: str | Path) -> None:
-    """Draw the rows under the roof; `path` as `check_plot` wants it."""
+    """Draw the rows under the roof into a PNG, SVG or PDF file."""
     from matplotlib.figure import Figure
 
     check_plot(path)
@@ -53,6 +47,7 @@ def roofline(rows: Sequence[Row], roof: Roof, path: str | Path) -> None:
         axes.grid(which="major", color="#e6e6e6")
         axes.set_axisbelow(True)
     figure.suptitle(f"{roof.device}, {roof.threads} threads, torch {roof.torch}", fontsize=11)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 

@@ -27,7 +27,7 @@ import torch
 
 from slmperf import arch
 from slmperf.models.files import write_atomically
-from slmperf.testing.timing import copy_roof_gbs, sampler
+from slmperf.testing.timing import Timing, copy_rates_gbs, copy_roof_gbs, sampler, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 Dtype: TypeAlias = "torch.dtype | str"
 SCHEMA = "slmperf.roof/1"
 FORMATS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
-# On a CPU large enough that a last-level cache of tens of MiB does not hold source and target.
+# On a CPU large enough that a last-level cache of tens of MiB does not hold source and target; one
+# of hundreds does, and then this is the rate of that cache, as it is for the inputs of the benches.
 COPY_MIB = {"cpu": (128, 256), "cuda": (512, 1024, 2048)}
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 CONFIRMED_WITHIN = 0.15
@@ -52,7 +53,10 @@ _OF_DTYPE = {
 
 @dataclass(frozen=True)
 class Roof:
-    """Rates of one device, and what they were taken on. `as_json` is what files hold."""
+    """Rates of one device, the best of some rounds each, and what they were taken on.
+
+    `as_json` is what files hold; `rows` are those of a result file of its own.
+    """
 
     device: str  # its name
     kind: str  # cpu or cuda
@@ -64,6 +68,8 @@ class Roof:
     launch_us: float
     date: str
     missing: Mapping[str, str] = field(default_factory=dict)  # format -> why it has no rate
+    # Of all rounds, by what was done: a GB copied, a TFLOP, a launch. Empty in a kept roof.
+    times: Mapping[str, Timing] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -84,37 +90,55 @@ class Roof:
         return self.ideal_us(bytes, flops, dtype) / time_us
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, for a file."""
-        return asdict(self)
+        """Plain values, for a file; without `times`."""
+        return {key: value for key, value in asdict(self).items() if key != "times"}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of a result file: the time of one GB copied, one TFLOP per format, one launch.
+
+        Medians of all rounds, where the roof itself is the best of them: `best_us`.
+        """
+        best_us = {"copy, 1 GB": 1e6 / self.copy_gbs, "launch": self.launch_us}
+        for name, rate in self.matrix_tflops.items():
+            best_us |= {f"matrix product {name}, 1 TFLOP": 1e6 / rate} if rate else {}
+        return [
+            {"name": f"{self.kind} {name}", **time._asdict(), "best_us": best_us[name]}
+            for name, time in self.times.items()
+        ]
 
 
 def measure_roof(device: str) -> Roof:
     """Measure everything anew: seconds on a CPU, about ten on a GPU."""
     kind = device
     with _plain_fp32():
-        copy = max(copy_roof_gbs(kind, mib) for mib in COPY_MIB[kind])
+        copies = max((copy_rates_gbs(kind, mib) for mib in COPY_MIB[kind]), key=max)
+        times = {"copy, 1 GB": summary([1 / rate for rate in copies])}
         rates: dict[str, float | None] = {}
         missing: dict[str, str] = {}
         for name in FORMATS:
             try:
-                rates[name] = _matrix_tflops(name, kind, rates.get("fp32") or 0.0)
+                found = _matrix_tflops(name, kind, rates.get("fp32") or 0.0)
+                rates[name] = max(found)
+                times[f"matrix product {name}, 1 TFLOP"] = summary([1 / rate for rate in found])
             except (RuntimeError, NotImplementedError) as error:
                 rates[name] = None
                 missing[name] = str(error).strip().splitlines()[0][:160]
             if kind == "cuda":
                 torch.cuda.empty_cache()
-        launch = _launch_us(kind)
+        launches = _launches_s(kind)
+        times["launch"] = summary(launches)
     return Roof(
         device=_device_name(kind),
         kind=kind,
         driver=_driver(kind),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        copy_gbs=copy,
+        copy_gbs=max(copies),
         matrix_tflops=rates,
-        launch_us=launch,
+        launch_us=min(launches) * 1e6,
         date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%MZ}",
         missing=missing,
+        times=times,
     )
 
 
@@ -243,32 +267,35 @@ def _plain_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _matrix_tflops(name: str, kind: str, fp32: float) -> float:
-    """TFLOP/s of the best size; RuntimeError or NotImplementedError, saying why, where none."""
+def _matrix_tflops(name: str, kind: str, fp32: float) -> list[float]:
+    """TFLOP/s of every round at the best size; RuntimeError or NotImplementedError, saying why,
+    where none.
+    """
     if name == "tf32":
         if kind == "cpu" or (arch.cuda_capability() or (0, 0)) < (8, 0):
             raise NotImplementedError("tf32 is a format of GPUs from sm_80 on")
         torch.set_float32_matmul_precision("high")
     try:
         if kind == "cpu" and name == "fp8":
-            tried = _product_tflops(name, kind, 64)
+            tried = max(_product_tflops(name, kind, 64))
             if tried < EMULATED * fp32:
                 raise NotImplementedError(
                     f"emulated: {tried * 1e3:.2g} GFLOP/s where fp32 has {fp32 * 1e3:.3g}"
                 )
-        return max(_product_tflops(name, kind, size) for size in MATRIX_SIZES[kind])
+        return max((_product_tflops(name, kind, size) for size in MATRIX_SIZES[kind]), key=max)
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-def _product_tflops(name: str, kind: str, size: int) -> float:
+def _product_tflops(name: str, kind: str, size: int) -> list[float]:
+    """TFLOP/s of at least two rounds at one size."""
     sample = sampler([_product(name, kind, size)], kind)
-    best, deadline = sample(), time.perf_counter() + 0.3
+    found, deadline = [sample()], time.perf_counter() + 0.3
     for _ in range(100):
-        best = min(best, sample())
+        found.append(sample())
         if time.perf_counter() > deadline:
             break
-    return 2 * size**3 / best / 1e12
+    return [2 * size**3 / seconds / 1e12 for seconds in found]
 
 
 def _product(name: str, kind: str, size: int) -> Callable[[], object]:
@@ -289,10 +316,10 @@ def _product(name: str, kind: str, size: int) -> Callable[[], object]:
     return lambda: torch.mm(factor, factor, out=out)
 
 
-def _launch_us(kind: str, calls: int = 500) -> float:
-    """Microseconds per operator on one element, called one after the other, no graph."""
+def _launches_s(kind: str, calls: int = 500) -> list[float]:
+    """Seconds per operator on one element, called one after the other, no graph; of ten rounds."""
     x = torch.zeros(1, device=kind)
-    best = float("inf")
+    found = []
     for _ in range(10):
         if kind == "cuda":
             torch.cuda.synchronize()
@@ -301,5 +328,5 @@ def _launch_us(kind: str, calls: int = 500) -> float:
             x.add_(1)
         if kind == "cuda":
             torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / calls)
-    return best * 1e6
+        found.append((time.perf_counter() - start) / calls)
+    return found

@@ -31,17 +31,6 @@ from slmperf.testing.cases import Case
 PROCESSORS = {80: 108, 90: 132}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
-_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-}
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -85,25 +74,22 @@ class Usage:
     dot: bool  # whether the kernel asks for matrix products
 
 
-def _describe(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
-    """What triton would make of these arguments: the rules of its own specialisation."""
-    names = kernel.arg_names
-    options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
-    given = dict(zip(names, args, strict=False)) | kwargs
+def _describe(kernel: Any, args: tuple, kwargs: dict[str, Any], capability: int) -> Launch:
+    """What triton makes of these arguments, by its own rules: None and 1 are constants, ..."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialised, options = bind(*args, **kwargs)
     signature, constants, divisible = [], [], []
-    for parameter in kernel.params:
-        name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature.append((name, "constexpr"))
-            constants.append((name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((name, "*" + _TYPES[value.dtype]))
-            divisible += [name] if value.data_ptr() % 16 == 0 else []
-        elif isinstance(value, int):
-            signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            divisible += [name] if value % 16 == 0 else []
-        else:
-            signature.append((name, "fp32"))
+    for name, (kind, more) in zip(bound, specialised, strict=True):
+        signature.append((name, kind))
+        if kind == "constexpr":
+            constants.append((name, more))
+        elif more and "D" in more:
+            divisible.append(name)
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible),
                   tuple(sorted(options.items())))  # fmt: skip
 
@@ -118,7 +104,7 @@ def _as_if_on(capability: int) -> Iterator[list[Launch]]:
     seen: list[Launch] = []
 
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        seen.append(_describe(kernel, args, kwargs))
+        seen.append(_describe(kernel, args, kwargs, capability))
 
     device = common.Machine(capability, PROCESSORS[capability])
     with (

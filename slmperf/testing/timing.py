@@ -2,7 +2,7 @@
 
 On a GPU a call's time is that of a CUDA graph holding one call per set of inputs, replayed and
 divided: no launch overhead, and inputs that rotate through more memory than the second-level
-cache holds. On a CPU it is wall time over the same rotation. Medians in both; calls to be
+cache holds. On a CPU it is wall time over the inputs in turn. Medians in both; calls to be
 compared are interleaved, so that a clock or a neighbour disturbs all of them alike.
 """
 
@@ -149,22 +149,30 @@ def host_us(call: Call, device: str, calls: int = 20) -> float | None:
     return statistics.median(times[3:]) * 1e6
 
 
-def rotations(bytes_per_call: int, device: str, least: int = 2) -> int:
-    """Sets of inputs that together are twice what the last shared cache of a GPU holds."""
+def rotations(set_bytes: int, device: str, least: int = 2) -> int:
+    """Sets of inputs that together are more than twice what the last shared cache of a GPU holds.
+
+    set_bytes  of the tensors in one set: each counts once, however often a call passes over it
+
+    At most 64: sets of less than a 64th of the cache stay in it. On a CPU `least`.
+    """
     if device != "cuda":
         return least
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(least, min(64, 1 + 2 * cache // max(1, bytes_per_call)))
+    return max(least, min(64, 1 + 2 * cache // max(1, set_bytes)))
 
 
-def copy_roof_gbs(device: str, mib: int | None = None) -> float:
-    """Bytes read and written per second, in GB/s, by the fastest of some large plain copies."""
-    mib = mib or (2048 if device == "cuda" else 128)
+def copy_rates_gbs(device: str, mib: int) -> list[float]:
+    """Bytes read and written per second, in GB/s, by each of ten plain copies of `mib` MiB."""
     source = torch.ones(mib * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     sample = sampler([lambda: target.copy_(source)], device)
-    best = min(sample() for _ in range(10))
-    return 2 * source.numel() * 4 / best / 1e9
+    return [2 * source.nbytes / sample() / 1e9 for _ in range(10)]
+
+
+def copy_roof_gbs(device: str, mib: int | None = None) -> float:
+    """The fastest of `copy_rates_gbs`."""
+    return max(copy_rates_gbs(device, mib or (2048 if device == "cuda" else 128)))
 
 
 def peak_mib(call: Call, device: str) -> float:

@@ -215,7 +215,7 @@ def measure_layers(
     scheme, dtype    see `choose_scheme`
     device           "auto", "cpu" or "cuda"
     roof             what `slmperf.bench.roof.roof(device)` found; no shares of it if None
-    allreduce_gbs    see `allreduce_us`
+    allreduce_gbs    see `allreduce`
     seconds          about, per part; never less than 5 rounds
 
     Raises InputError, one line, for sizes that cannot be, that do not suit the scheme, or that do

@@ -154,7 +154,8 @@ def memory_bytes(rank: Shape, context: int, scheme: str, dtype: str, device: str
 def free_bytes(device: str) -> int:
     """Memory of the device that nobody holds."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:

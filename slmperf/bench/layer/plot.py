@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from slmperf.bench.layer.measure import ALLREDUCE, LayerTime
 from slmperf.bench.layer.report import ORDER, by_context, change
-from slmperf.check import InputError
+from slmperf.bench.results import check_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
 # Distinct for the colour-blind (Paul Tol's muted scheme): the attention block cool, the MLP warm,
 # what both have grey.
 COLOURS = {
@@ -28,12 +27,6 @@ COLOURS = {
     "quantise": "#777777",
     ALLREDUCE: "#dddddd",
 }
-
-
-def check_plot(path: Path) -> None:
-    """InputError for a file name that no figure can be written to."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"plot is {path}, expected a name that ends in {', '.join(FORMATS)}")
 
 
 def plot_layers(layers: Sequence[LayerTime], path: Path) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
 import inspect
+import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
-from slmperf.bench.http_endpoints import Completions, Score, address
-from slmperf.bench.load import Endpoint, Token, Usage
-from slmperf.bench.workloads import Prompt
+from slmperf.bench.serving.http import Completions, Score, address
+from slmperf.bench.serving.load import Endpoint, Failure, Token, Usage
+from slmperf.bench.serving.workloads import Prompt
 from slmperf.check import InputError
 
 
@@ -22,36 +23,54 @@ class Function:
     """A function as an endpoint: `function(prompt, token)` calls token() as tokens come.
 
     It may be `async`; if it is not, each call has a thread, so that none waits for another. It
-    may return a Usage, or nothing.
+    may return a Usage, or nothing. A call that takes longer than `timeout_s` is a failed request;
+    a thread cannot be ended, so that one goes on unheard.
     """
 
     together = False
 
-    def __init__(self, function: Callable[[Prompt, Token], Any]) -> None:
+    def __init__(
+        self, function: Callable[[Prompt, Token], Any], *, timeout_s: float | None = None
+    ) -> None:
         self.function = function
+        self.timeout_s = timeout_s
         called = function if inspect.isroutine(function) else type(function).__call__
         self._is_async = inspect.iscoroutinefunction(called)
-        self._threads: ThreadPoolExecutor | None = None
 
     async def start(self, prompts: Sequence[Prompt]) -> None:
-        """Threads begin when they are needed."""
-        if not self._is_async:
-            self._threads = ThreadPoolExecutor(max_workers=max(1, len(prompts)))
+        """Nothing to prepare."""
 
     async def send(self, prompts: Sequence[Prompt], token: Token) -> Usage:
         """Call the function; what it raises is a failed request."""
         (prompt,) = prompts
-        if self._is_async:
-            usage = await self.function(prompt, token)
-        else:
-            call = functools.partial(self.function, prompt, token)
-            usage = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            async with asyncio.timeout(self.timeout_s) as limit:
+                if self._is_async:
+                    usage = await self.function(prompt, token)
+                else:
+                    usage = await asyncio.wrap_future(self._begin(prompt, token))
+        except TimeoutError:
+            if not limit.expired():  # the function's own
+                raise
+            raise Failure(f"no answer within {self.timeout_s:g} s") from None
         return usage if isinstance(usage, Usage) else Usage()
 
+    def _begin(self, prompt: Prompt, token: Token) -> Future[Any]:
+        """Call the function in a thread that does not keep the process from ending."""
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def call() -> None:
+            try:
+                answer.set_result(self.function(prompt, token))
+            except BaseException as error:  # whatever it is, who waits for the answer raises it
+                answer.set_exception(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        return answer
+
     async def stop(self) -> None:
-        """End the threads."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        """Nothing to close."""
 
 
 def open_endpoint(
@@ -65,8 +84,8 @@ def open_endpoint(
 
     Raises InputError for anything else. Whether a server answers shows when the load starts.
     """
-    if timeout_s <= 0:
-        raise InputError(f"timeout_s is {timeout_s}, expected more than 0")
+    if not 0 < timeout_s < math.inf:
+        raise InputError(f"timeout_s is {timeout_s}, expected a number of seconds above 0")
     if "://" in what:
         where = address(what)
         kind = Score if where.path.endswith("score") else Completions
@@ -82,4 +101,4 @@ def open_endpoint(
         raise InputError(f"endpoint {what}: {error}") from None
     if not callable(function):
         raise InputError(f"endpoint {what}: expected a function, found {type(function).__name__}")
-    return Function(function)
+    return Function(function, timeout_s=timeout_s)

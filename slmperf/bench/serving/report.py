@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slmperf.bench import load
-from slmperf.bench.workloads import Kind, Workload, releases
+from slmperf.bench.serving import load
+from slmperf.bench.serving.workloads import Kind, Workload, releases
 from slmperf.check import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Group:
 
     ttft_ms: list[float]
     tpot_ms: list[float]  # of requests with two output tokens or more
-    input_tokens_per_s: float | None  # whole prompts, cached tokens included
+    input_tokens: float | None  # mean per request, as counted, cached ones included
+    input_tokens_per_s: float | None  # of members that had all their answers
     cached_tokens: float | None  # mean per request, None where the server does not tell
     failed: int
 
@@ -63,6 +64,13 @@ class Report:
     released: float | None
     answered: float | None
     first_error: str | None
+    ideal_us: float | None = None  # least time of a cold prompt on this machine, where it is known
+
+    @property
+    def roof_share(self) -> float | None:
+        """Share of the roof that the P50 of cold prompts reaches, waiting in the queue included."""
+        middle = percentile(self.groups["cold"].ttft_ms, 50) if "cold" in self.groups else None
+        return self.ideal_us / (1e3 * middle) if self.ideal_us and middle else None
 
     @property
     def lines(self) -> list[str]:
@@ -75,6 +83,11 @@ class Report:
             f"{_text(self.released, 2)}, answered {_text(self.answered, 2)}; spacing error P50 "
             f"{_text(low, 2)} ms, P90 {_text(high, 2)} ms; {every.failed} of {total} failed"
         ]
+        if self.ideal_us and self.roof_share:
+            found.append(
+                f"{self.kind}: cold P50 at {100 * self.roof_share:.0f}% of the roof, which would "
+                f"take {self.ideal_us / 1e3:.3g} ms; waiting in the queue included"
+            )
         if self.first_error:
             found.append(f"{self.kind}: first failure: {self.first_error}")
         if high is not None and high > LATE_MS:
@@ -124,8 +137,11 @@ def summary(
     members: dict[int, list[load.Sample]] = defaultdict(list)
     for one in measured:
         members[one.member].append(one)
-    whole = [given for given in members.values() if not any(one.error for one in given)]
-    answered = _rate([max(one.last_ns for one in given) for given in whole])
+    whole = {
+        member: given for member, given in members.items() if not any(one.error for one in given)
+    }
+    answered = _rate([max(one.last_ns for one in given) for given in whole.values()])
+    complete = set(whole)
     groups = {
         "cold": [one for one in measured if one.cold],
         "hot": [one for one in measured if not one.cold],
@@ -137,9 +153,7 @@ def summary(
         work=work,
         kind=kind,
         together=together,
-        groups={
-            name: _group(given, answered, len(whole)) for name, given in groups.items() if given
-        },
+        groups={name: _group(given, answered, complete) for name, given in groups.items() if given},
         spacing_error_ms=[one.spacing_error_ms for one in measured],
         offered=_rate([given[0].planned_ns for given in members.values()]),
         released=_rate([given[0].released_ns for given in members.values()]),
@@ -164,14 +178,18 @@ def _last(member: Sequence[load.Sample]) -> load.Sample:
     )
 
 
-def _group(samples: Sequence[load.Sample], rate: float | None, members: int) -> Group:
+def _group(samples: Sequence[load.Sample], rate: float | None, whole: set[int]) -> Group:
+    """`whole`: members that had all their answers, `rate` of them a second."""
     answered = [one for one in samples if not one.error]
     cached = [one.cached_tokens for one in answered if one.cached_tokens is not None]
     tokens = sum(one.input_tokens for one in answered)
+    # What others had answered in part is in no rate.
+    counted = sum(one.input_tokens for one in answered if one.member in whole)
     return Group(
         ttft_ms=[one.ttft_ms for one in answered],
         tpot_ms=[one.tpot_ms for one in answered if one.tpot_ms is not None],
-        input_tokens_per_s=tokens / members * rate if rate and members else None,
+        input_tokens=tokens / len(answered) if answered else None,
+        input_tokens_per_s=counted / len(whole) * rate if rate and whole else None,
         cached_tokens=sum(cached) / len(cached) if cached else None,
         failed=len(samples) - len(answered),
     )
@@ -186,7 +204,8 @@ def _rate(times_ns: Sequence[int]) -> float | None:
 def rows(reports: Sequence[Report], **given: Any) -> list[dict[str, Any]]:
     """Rows of a result file of kind "serve": one per kind of prompts and group with an answer.
 
-    given   what the user says of the server: shape, tensor_parallel, scheme, hardware, endpoint
+    given   what ran: shape (a name or a mapping of sizes), tensor_parallel, scheme, hardware,
+            endpoint; of a server what the user says, null where he does not
 
     `items`, `item_tokens` and `hot` say which prediction of a latency model the row compares with:
     prompts of `item_tokens` behind a prefix that is cached (hot true) or not (false), until the
@@ -219,7 +238,9 @@ def rows(reports: Sequence[Report], **given: Any) -> list[dict[str, Any]]:
                     "tpot_p50_ms": percentile(group.tpot_ms, 50),
                     "tpot_p90_ms": percentile(group.tpot_ms, 90),
                     "tpot_p99_ms": percentile(group.tpot_ms, 99),
+                    "input_tokens": group.input_tokens,
                     "input_tokens_per_s": group.input_tokens_per_s,
+                    "roof_share": report.roof_share if name == "cold" else None,
                     "cached_tokens": group.cached_tokens,
                     "failed": group.failed,
                     "rate": work.rate,
@@ -294,18 +315,6 @@ def _text(value: float | None, digits: int) -> str:
 # Paul Tol's bright scheme: told apart by the colour-blind; cold and hot differ in the line too.
 COLOURS = {"ids": "#4477aa", "text": "#ee6677"}
 LINES = {"cold": "-", "hot": "--"}
-PLOTS = (".png", ".svg", ".pdf")
-
-
-def check_files(out: Path | None, plot: Path | None) -> None:
-    """Before minutes of load: InputError for a plot's format that is none of PLOTS, OSError for a
-    folder that cannot be made.
-    """
-    if plot is not None and plot.suffix not in PLOTS:
-        raise InputError(f"plot is {plot}, expected a name that ends in {', '.join(PLOTS)}")
-    for path in (out, plot):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def plot(reports: Sequence[Report], path: str | Path) -> None:

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from slmperf.bench.load import Failure, Token, Usage
-from slmperf.bench.workloads import Prompt
+from slmperf.bench.serving.load import Failure, Token, Usage
+from slmperf.bench.serving.workloads import Prompt
 from slmperf.check import InputError
 
 PATHS = ("/v1/completions", "/v1/score")
@@ -45,6 +45,7 @@ def address(url: str) -> Address:
     try:
         parts = urlsplit(url)
         port = parts.port
+        (parts.hostname or "").encode("idna")  # as it goes to the resolver: no empty label
     except ValueError:
         raise InputError(f"endpoint is {url!r}, {wanted}") from None
     path = parts.path.rstrip("/")
@@ -142,7 +143,7 @@ class _Server:
                 await self._probe(prompts)
         except TimeoutError:
             raise InputError(f"endpoint {self.where.url}: no answer within {PROBE_S:g} s") from None
-        except (OSError, EOFError, Failure, asyncio.LimitOverrunError) as error:
+        except (OSError, EOFError, ValueError, Failure, asyncio.LimitOverrunError) as error:
             raise InputError(f"endpoint {self.where.url}: {_reason(error)}") from None
 
     async def _probe(self, prompts: Sequence[Prompt]) -> None:
@@ -158,12 +159,14 @@ class _Server:
             # Words or ids from the middle of a prompt: no prefix of anything that follows.
             first = prompts[0]
             one = Prompt(-1, 0, first.prefix[-8:], first.suffix[-8:], 16, 1)
-            for part in (one.prefix, one.suffix):
-                self._encoded[id(part)] = _encode(part)
+            # The end of a text that is no longer is that text itself: it stays encoded.
+            own = {id(part): _encode(part) for part in (one.prefix, one.suffix)}
+            own = {key: encoded for key, encoded in own.items() if key not in self._encoded}
+            self._encoded |= own
             seen: list[None] = []
             await self.send([one], lambda *_: seen.append(None))
-            for part in (one.prefix, one.suffix):
-                del self._encoded[id(part)]
+            for key in own:
+                del self._encoded[key]
             if not seen:
                 raise Failure("the answer held no token")
 

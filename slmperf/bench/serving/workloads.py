@@ -217,14 +217,19 @@ def arrivals_ns(work: Workload) -> list[int]:
     return [0, *np.cumsum(gaps).round().astype(np.int64).tolist()]
 
 
+def check_vocabulary(vocabulary: int) -> None:
+    """InputError where a model knows too few ids to draw prompts from."""
+    if vocabulary < 16:
+        raise InputError(f"vocabulary is {vocabulary}, expected at least 16")
+
+
 def releases(work: Workload, kind: Kind, vocabulary: int) -> list[Release]:
     """The whole load in the order of release, warm-up members (numbers below `warmup`) included.
 
     Ids are uniform over the upper 15/16 of the vocabulary, because control tokens mostly stand at
     its beginning. Text replaces every id by a word.
     """
-    if vocabulary < 16:
-        raise InputError(f"vocabulary is {vocabulary}, expected at least 16")
+    check_vocabulary(vocabulary)
     if kind not in KINDS:
         raise InputError(f"prompts are {kind!r}, expected {' or '.join(KINDS)}")
     found = []

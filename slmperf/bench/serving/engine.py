@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,14 @@ import numpy as np
 import torch
 
 from slmperf import arch
-from slmperf.bench.load import Token, Usage
-from slmperf.bench.workloads import WORDS, Kind, Prompt, Workload
+from slmperf.bench.roof import Roof
+from slmperf.bench.serving.load import Token, Usage
+from slmperf.bench.serving.report import Report, measure
+from slmperf.bench.serving.workloads import WORDS, Kind, Prompt, Workload
 from slmperf.check import InputError
 from slmperf.engine import Engine, OpenPrefix
+from slmperf.models.shapes import Shape, shape_of
+from slmperf.plan.latency import Work, prefill_works
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +64,44 @@ class EngineEndpoint:
     def vocabulary(self) -> int:
         """Ids that the model knows."""
         return self.engine.model.config.vocab_size
+
+    @property
+    def shape(self) -> Shape | None:
+        """The model's sizes; None where a shape and a scheme do not say what a pass costs: layers
+        that differ, experts, quantised weights.
+        """
+        if self.scheme is None:
+            return None
+        try:
+            return shape_of(self.engine.model.config)
+        except InputError:
+            return None
+
+    @property
+    def scheme(self) -> str | None:
+        """Of the weights: fp32 or bf16; None where they are quantised or in another dtype."""
+        if getattr(self.engine.model.config, "quantization_config", None) is not None:
+            return None
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.engine.dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """What ran, as rows say it and slmperf plan fit reads it."""
+        cuda = self.engine.device.type == "cuda"
+        return {
+            "shape": None if self.shape is None else asdict(self.shape),
+            "tensor_parallel": 1,
+            "scheme": self.scheme,
+            "hardware": arch.cuda_name() if cuda else arch.cpu_name(),
+        }
+
+    def measure(self, work: Workload, kind: Kind, top: Roof) -> Report:
+        """Run the load, and hold its cold prompts against the roof where the model has a shape."""
+        found = measure(work, kind, self, vocabulary=self.vocabulary)
+        tokens = found.groups["cold"].input_tokens
+        if tokens is None or self.shape is None or self.scheme is None:
+            return found
+        cold = prefill_work(self.shape, self.scheme, round(tokens))
+        return replace(found, ideal_us=ideal_us(cold, self.scheme, top))
 
     def check_kind(self, kind: Kind) -> None:
         """InputError for text where there is no tokenizer."""
@@ -143,6 +186,18 @@ class EngineEndpoint:
             pad_token_id=0,
             streamer=Stamps(),
         )
+
+
+def prefill_work(shape: Shape, scheme: str, context: int) -> Work:
+    """What the prefill of a cold prompt of `context` tokens does."""
+    (work,) = prefill_works(shape, 1, scheme, context=context, items=1, item_tokens=1, hot=False)
+    return work
+
+
+def ideal_us(work: Work, scheme: str, top: Roof) -> float:
+    """Least microseconds of a forward pass in fp32 or bf16: its bytes beside its operations."""
+    moved = work.weight_bytes + work.cache_bytes + work.elementwise_bytes
+    return top.ideal_us(round(moved), round(work.gemm_flops + work.attention_flops), scheme)
 
 
 def random_model(context: int, device: str) -> tuple[PreTrainedModel, Encode]:

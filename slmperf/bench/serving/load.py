@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from slmperf.bench.workloads import Prompt, Release
+from slmperf.bench.serving.workloads import Prompt, Release
 
 T = TypeVar("T")
 
