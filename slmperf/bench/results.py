@@ -5,10 +5,10 @@
      "date": "2026-11-22T07:02Z",
      "machine": {...}, "roof": {...} or null, "rows": [{...}, ...]}
 
-A row is flat: text, numbers, null and lists of them (a shape may be a mapping of its sizes). Every row has a `name`, unique in its file,
-and `time_us` (median), with `low_us` and `high_us` (quartiles) and `samples` beside it; where times
-are to be compared in those of another row, its name is the `yardstick`. What else a row has depends
-on the kind.
+A row is flat: text, numbers, null and lists of them (a shape may be a mapping of its sizes). Every
+row has a `name`, unique in its file, and `time_us` (median), with `low_us` and `high_us`
+(quartiles) and `samples` beside it; where times are to be compared in those of another row, its
+name is the `yardstick`. What else a row has depends on the kind.
 """
 
 from __future__ import annotations
