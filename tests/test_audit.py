@@ -6,17 +6,31 @@ Over 400 lines: the cases are losses, written out, on the same small models.
 from __future__ import annotations
 
 import copy
+import math
+import random
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    Adafactor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from slmperf.bench import Formula, audit
+from slmperf.bench.auditing import exact
 from slmperf.bench.auditing.capture import InexactError, replay, watch
 from slmperf.bench.auditing.cost import peak_mib
+from slmperf.bench.auditing.step import Declared, audit_step
 from slmperf.bench.roof import FORMATS, Roof
 from slmperf.check import InputError
 from slmperf.ops import JSD, ForwardKL, ReverseKL
@@ -293,6 +307,112 @@ def test_padding_that_is_trained_on_and_other_weights(student, teacher, batch):
     assert look(student, batch, weighted, weights=weights).clean
 
 
+def test_a_term_with_other_weights_in_every_row(student, teacher, batch):
+    def focal(z, _, y):
+        log_q = z.log_softmax(-1)[torch.arange(len(y)), y]
+        return (-((1 - log_q.exp()) ** 2) * log_q).mean()
+
+    said = only(look(student, batch, kd_loss(teacher, extra=focal)))
+    assert said.startswith("cross entropy on labels") and said.endswith("differs from row to row)")
+
+
+def test_what_a_loss_draws_is_drawn_again(student, batch):
+    """Rows that are chosen at random, in three ways, and dropout before the head."""
+    ways = [
+        lambda n: torch.rand(n) < 0.5,
+        lambda n: torch.tensor([random.random() < 0.5 for _ in range(n)]),
+        lambda n: torch.from_numpy(np.random.rand(n) < 0.5),
+    ]
+    for draw in ways:
+        before = random.getstate(), np.random.get_state()[1].copy()
+
+        def loss(outputs, batch, draw=draw):
+            logits, targets = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+            chosen = draw(len(targets))
+            return F.cross_entropy(logits[chosen].float(), targets[chosen])
+
+        report = look(student, batch, loss, formula=None)
+        assert report.errors["same logits"].norm < 1e-5
+        assert random.getstate() == before[0]
+        assert np.array_equal(np.random.get_state()[1], before[1])
+
+    class Dropping(nn.Linear):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.3))
+
+    dropping = copy.deepcopy(student)
+    dropping.lm_head = Dropping(dropping.config.hidden_size, V, bias=False)
+    plain = Formula(ce_weight=1.0)
+    assert look(dropping, batch, lambda outputs, _: outputs.loss, plain).clean
+
+
+def test_state_that_a_step_moves_is_put_back(student, teacher, batch):
+    class Counting(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x)
+
+    counting = copy.deepcopy(student)
+    counting.model.layers[0].mlp = Counting(counting.model.layers[0].mlp)
+    beside = nn.Parameter(torch.ones(()))  # trained along with the model, but not in it
+    beside.grad = torch.full((), 7.0)
+    before = copy.deepcopy(counting.state_dict())
+    # With a rate of its own it steps at a learning rate of 0 too.
+    optimizer = Adafactor([*counting.parameters(), beside], lr=None, relative_step=True)
+    loss = kd_loss(teacher)
+    report = look(
+        counting, batch, lambda o, b: loss(o, b) + 0 * beside.square(), optimizer=optimizer
+    )
+    assert report.parts[-1].name == "optimiser step"
+    assert all(torch.equal(before[name], value) for name, value in counting.state_dict().items())
+    assert beside == 1 and beside.grad == 7 and not optimizer.state
+
+
+def test_what_was_watched_is_gone_when_the_step_is_timed(student, teacher, batch):
+    """A step that just fits into memory must find as much of it again."""
+    seen = []
+    left = []
+
+    def loss(outputs, batch):
+        left.append(sum(one() is not None for one in seen[:-1]))
+        seen.append(weakref.ref(outputs.logits))
+        return kd_loss(teacher)(outputs, batch)
+
+    look(student, batch, loss)
+    assert max(left) > 0 and left[-1] == 0
+
+
+def test_too_little_memory_for_float64(student, teacher, batch, monkeypatch):
+    """A sample of the rows is held against the formula, and the report says so."""
+    monkeypatch.setattr(exact, "free_bytes", lambda device: 160 * V * 20 / exact.MEMORY_SHARE + 1)
+    hidden = kd_loss(teacher, extra=lambda z, _, y: 0.1 * F.cross_entropy(z, y))
+    for loss in (kd_loss(teacher), hidden):
+        report = look(student, batch, loss)
+        assert "on 20 of 48 rows, a seeded sample" in report.reference
+        assert "0.000458 GiB, and 0.000191 GiB are to spare" in report.reference
+        assert report.errors["same logits"].norm < (1e-5 if loss is not hidden else 1)
+        assert report.clean == (loss is not hidden) and report.formula_loss is None
+        assert report.waste.used == B * (L - 1)
+    assert weights(report)["cross entropy on labels"] == pytest.approx(0.1, rel=1e-3)
+    assert any(
+        line.startswith("cross entropy on labels with weight 0.1,") for line in report.findings
+    )
+    assert look(student, batch, hidden, formula=None).reference.startswith("none; the loss")
+
+
+def test_nothing_to_compare_with_is_no_clean_report(student, batch):
+    itself = copy.deepcopy(student).eval()
+    with pytest.raises(InputError, match="exact gradient by the logits is 0"):
+        look(student, batch, kd_loss(itself))
+    with pytest.raises(InputError, match="loss is nan and its gradient by 45 of 48 rows"):
+        look(student, batch, lambda outputs, _: outputs.loss * math.nan, Formula(ce_weight=1.0))
+
+
 def test_gradient_from_elsewhere_than_the_logits(student, teacher, batch):
     def penalty(outputs, batch):
         hidden = student.model(input_ids=batch["input_ids"]).last_hidden_state
@@ -372,6 +492,75 @@ def test_losses_that_do_not_run_in_float64(student, teacher, batch):
     report = look(student, batch, by_kernel(ForwardKL()), formula=None)
     assert report.errors == {} and report.reference.startswith("none")
     assert weights(report) == pytest.approx({"forward KL": 1}, rel=1e-3)
+
+
+def test_heads_that_the_loss_applies(student, teacher, batch):
+    """To hidden states, where they count alone or in chunks: its products are the logits."""
+
+    def states(model, batch):
+        return model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state[:, :-1]
+
+    def of_some(batch):
+        keep = batch["labels"][:, 1:] != -100
+        with torch.no_grad():
+            given = teacher.lm_head(states(teacher, batch)[keep])
+        logits = student.lm_head(states(student, batch)[keep])
+        return F.kl_div(
+            logits.log_softmax(-1), given.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+
+    def of_embeddings(batch):
+        embedded = student.get_input_embeddings()(batch["input_ids"])
+        return student(inputs_embeds=embedded, labels=batch["labels"]).loss
+
+    def in_chunks(call):
+        def of_chunk(hidden, targets):
+            logits = student.lm_head(hidden).float()
+            return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+        def step(batch):
+            hidden, targets = states(student, batch).flatten(0, 1), batch["labels"][:, 1:].flatten()
+            chunks = zip(hidden.split(10), targets.split(10), strict=True)
+            return sum(call(of_chunk, *chunk) for chunk in chunks) / (targets != -100).sum()
+
+        return step
+
+    batch["labels"][:, :9] = -100
+    plain, used = Formula(ce_weight=1.0), 7 * B
+    for step, formula, rows, ran in [
+        (of_some, FORWARD, used, True),
+        (of_embeddings, plain, B * L, True),
+        (in_chunks(lambda call, *given: call(*given)), plain, B * (L - 1), True),
+        # A part that backward runs again does not run in float64.
+        (in_chunks(partial(checkpoint, use_reentrant=False)), plain, B * (L - 1), False),
+    ]:
+        report = audit_step(step, student, batch, Declared(formula), roof=ROOF)
+        assert (report.waste.rows, report.waste.used) == (rows, used)
+        assert report.errors["head in float64 too"].norm < 1e-5
+        assert all("for nothing" in line for line in report.findings), report.findings
+        assert ("the loss function in float64" == report.reference) == ran
+        assert ran or "its backward ends with" in report.reference
+
+
+def test_a_frozen_head_takes_two_products(student, teacher, batch):
+    frozen = copy.deepcopy(student)
+    frozen.lm_head.requires_grad_(False)
+    report = look(frozen, batch, kd_loss(teacher))
+    assert report.clean
+    assert report.cost.least_tflop == pytest.approx(2 * 45 * V * (2 * 32 + 64) / 1e12)
+    assert report.waste.head_tflop == pytest.approx(2 * 3 * V * (2 * 32 + 64) / 1e12)
+
+
+def test_a_teacher_that_is_trained_too(student, batch):
+    trained = make(1, hidden=64)
+
+    def loss(outputs, batch):
+        given = trained(input_ids=batch["input_ids"]).logits
+        return F.kl_div(outputs.logits.log_softmax(-1), given.softmax(-1), reduction="batchmean")
+
+    with pytest.raises(InputError, match=r"another model have a gradient, expected torch.no_grad"):
+        look(student, batch, loss)
+    assert all(parameter.grad is None for parameter in trained.parameters())
 
 
 class _Fused(torch.autograd.Function):
@@ -468,11 +657,11 @@ def test_replay_is_exact(student, batch):
         buffer += torch.softmax(scaled, -1, dtype=torch.float32).square().sum(-1)
         return buffer.half().mean()
 
-    seen = watch(step, batch)
-    exact = replay(step, batch, seen, recorded=True).loss.detach()
+    seen = watch(step, batch, student)
+    found = replay(step, batch, seen, recorded=True).loss.detach()
     logits = seen.products[0].result.detach().double()[..., : V // 2]
-    assert float(exact) == pytest.approx(float(logits.softmax(-1).square().sum(-1).mean()), 1e-14)
-    assert abs(float(seen.loss.detach()) / float(exact) - 1) > 1e-6
+    assert float(found) == pytest.approx(float(logits.softmax(-1).square().sum(-1).mean()), 1e-14)
+    assert abs(float(seen.loss.detach()) / float(found) - 1) > 1e-6
 
 
 def test_a_loss_that_leaves_float64_is_refused(student, batch):
@@ -490,7 +679,7 @@ def test_a_loss_that_leaves_float64_is_refused(student, batch):
 
     for loss in (step, lambda batch: 2 * step(batch)):
         with pytest.raises(InexactError, match="NarrowBackward returns|comes out in float32"):
-            replay(loss, batch, watch(loss, batch), recorded=True)
+            replay(loss, batch, watch(loss, batch, student), recorded=True)
 
 
 def test_peak_memory_is_the_storages_that_live():
@@ -500,7 +689,7 @@ def test_peak_memory_is_the_storages_that_live():
     def step(_):
         return (model(x) * 3).exp().log().sum()  # product, scaled, exp, at least, 1 MiB each
 
-    found = peak_mib(step, {}, model, torch.device("cpu"))
+    found = peak_mib(step, {}, torch.device("cpu"))
     assert 3 <= found <= 6
 
 

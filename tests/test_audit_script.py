@@ -179,6 +179,13 @@ def test_scripts_without_training(command, code, said, capsys):
         command(code)
 
 
+def test_a_result_that_cannot_be_written_is_found_first(slmperf, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    code, _, error = slmperf("audit", "--trainer", script, "--out", tmp_path)
+    assert code == 2 and error.count("\n") == 1 and not (tmp_path / "ran").exists()
+
+
 def test_a_missing_script_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "slmperf.cli", "audit", "--trainer", str(tmp_path / "none.py")],

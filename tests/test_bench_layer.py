@@ -263,6 +263,17 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
         check(scheme="w8a8", device="cuda", context=16)
 
 
+def test_what_torch_holds_for_itself_is_free(monkeypatch):
+    """Memory that its allocator keeps for later calls."""
+    for name, value in (
+        ("mem_get_info", (10, 80)),
+        ("memory_reserved", 7),
+        ("memory_allocated", 4),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert layer_options.free_bytes("cuda") == 10 + 7 - 4
+
+
 @pytest.fixture
 def hasty(monkeypatch):
     """No roof measured, five rounds: what a command prints does not hang on them."""

@@ -10,5 +10,4 @@ terms     what the loss is made of: its gradient as a sum of those of known term
 outside   gradient that does not come through the logits
 cost      time of the step's parts, memory, shares of the roof
 findings  what differs, in sentences
-table     the report on the terminal and in a file
 """

@@ -11,12 +11,13 @@ that cannot take float64 (most kernels) raises, or returns a loss of another typ
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from slmperf.check import InputError
 
 Batch = Mapping[str, Any]
-Step = Callable[[Any], Any]  # batch -> loss, or (loss, anything)
+Step = Callable[[Any], Any]  # batch -> loss, or (loss, anything); may pop entries of the batch
 
 _PRODUCTS = {
     nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,
@@ -37,7 +38,6 @@ _LEFT_ALONE = {
     "register_hook", "retain_grad", "backward", "grad", "size", "dim", "stride", "data_ptr",
     "is_floating_point",
 }  # fmt: skip
-_NARROWING = {"float", "half", "bfloat16"}
 
 
 class InexactError(RuntimeError):
@@ -51,6 +51,7 @@ class Call:
     model: nn.Module
     output: Any = None
     body: Any = None  # what its decoder returned; the output itself where no decoder is known
+    redraw: Callable[[], None] | None = None  # random states as they were behind the body
 
     @property
     def logits(self) -> Tensor | None:
@@ -93,18 +94,32 @@ class Product:
 class Watched:
     """What one run of the step showed."""
 
+    model: nn.Module  # the one that is audited
     loss: Tensor
     calls: list[Call]
     products: list[Product]
-    leaves: list[Tensor] = field(default_factory=list)  # of a replay: what needs a gradient
+    redraw: Callable[[], None]  # random states as they were before the step
 
 
-def watch(step: Step, batch: Batch) -> Watched:
+def watch(step: Step, batch: Batch, model: nn.Module) -> Watched:
     """Run the step as it is and keep what passes. InputError where it returns no loss."""
-    observer = _Observer()
-    with observer.active():
-        loss = scalar(step(shallow(batch)))
-    return Watched(loss, observer.calls, observer.products)
+    observer, redraw = _Observer(model), keep_random()
+    loss = observer.loss(step, batch)
+    return Watched(model, loss, observer.calls, observer.products, redraw)
+
+
+def keep_random() -> Callable[[], None]:
+    """Brings the random states of torch, numpy and Python back to those of now."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def back() -> None:
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state_all(cuda)
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+    return back
 
 
 def replay(
@@ -117,21 +132,18 @@ def replay(
     calls      numbers of the calls of which, then, the logits they returned are taken as well:
                where more lies between the product and these
     """
-    observer = _Observer(seen, exact=True, given=recorded, calls=calls if recorded else ())
+    observer = _Observer(
+        seen.model, seen, exact=True, given=recorded, calls=calls if recorded else ()
+    )
     device = seen.loss.device.type
-    wide = shallow(batch)
-    for name, value in wide.items():
-        wide[name] = _widened(value)
+    wide: Any = copy.copy(batch)
+    wide.update({name: _widened(value) for name, value in wide.items()})
     narrow = torch.get_default_dtype()
     try:
-        with (
-            torch.compiler.set_stance("force_eager"),
-            torch.autocast(device, enabled=False),
-            observer.active(),
-        ):
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device, enabled=False):
             torch.set_default_dtype(torch.float64)
-            result = step(wide)
-        loss = scalar(result)
+            seen.redraw()
+            loss = observer.loss(step, wide)
     except InexactError:
         raise
     except Exception as error:  # the step's own code on tensors it was not written for
@@ -141,20 +153,12 @@ def replay(
         torch.set_default_dtype(narrow)
     if loss.dtype != torch.float64:
         raise InexactError(f"its value comes out in {str(loss.dtype).removeprefix('torch.')}")
-    return Watched(loss, observer.calls, observer.products, observer.leaves)
+    return Watched(seen.model, loss, observer.calls, observer.products, seen.redraw)
 
 
-def rerun(step: Step, batch: Batch, seen: Watched) -> Watched:
-    """Head and loss alone, in the step's own precision, on the bodies' recorded outputs."""
-    observer = _Observer(seen)
-    with observer.active():
-        loss = scalar(step(shallow(batch)))
-    return Watched(loss, observer.calls, observer.products, observer.leaves)
-
-
-def shallow(batch: Batch) -> Any:
-    """A copy whose entries can be replaced: steps pop labels."""
-    return copy.copy(batch)
+def rerun(step: Step, batch: Batch, seen: Watched) -> Tensor:
+    """The loss by head and loss alone, in the step's own precision, on recorded bodies."""
+    return _Observer(seen.model, seen).loss(step, batch)
 
 
 def scalar(result: Any) -> Tensor:
@@ -210,6 +214,7 @@ class _Observer(TorchFunctionMode):
 
     def __init__(
         self,
+        model: nn.Module,
         seen: Watched | None = None,
         exact: bool = False,
         given: bool = False,
@@ -217,18 +222,16 @@ class _Observer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.seen, self.exact, self.given, self.given_calls = seen, exact, given, set(calls)
-        self.calls: list[Call] = []
-        self.products: list[Product] = []
-        self.leaves: list[Tensor] = []
-        self.widths: set[int] = set()
+        self.model, self.calls, self.products = unwrapped(model), list[Call](), list[Product]()
+        head = head_of(model)  # the loss may apply it to hidden states by itself
+        self.widths: set[int] = set() if head is None else {int(head.weight.shape[0])}
+        self._narrow = torch.get_default_dtype()
         self._open: int | None = None  # the call we are in
         self._in_body = False
         self._stand_ins: dict[int, Tensor] = {}  # id of a recorded tensor -> what stands for it
-        self._is_model: dict[int, bool] = {}
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Every nn.Module call and every torch function passes through here meanwhile."""
+    def loss(self, step: Step, batch: Batch) -> Tensor:
+        """The step's; every nn.Module call and every torch function passes through here."""
         plain = nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -237,7 +240,7 @@ class _Observer(TorchFunctionMode):
         nn.Module.__call__ = call
         try:
             with self:
-                yield
+                return scalar(step(copy.copy(batch)))
         finally:
             nn.Module.__call__ = plain
 
@@ -266,9 +269,8 @@ class _Observer(TorchFunctionMode):
                 call.output = self._with_logits(plain(module, *args, **kwargs))
         finally:
             self._open = None
-        logits = call.logits
-        if logits is not None:
-            self.widths.add(int(logits.shape[-1]))
+        if call.logits is not None:
+            self.widths.add(int(call.logits.shape[-1]))
         return call.output
 
     def _with_logits(self, output: Any) -> Any:
@@ -276,8 +278,10 @@ class _Observer(TorchFunctionMode):
         number = self._open
         if self.seen is None or number not in self.given_calls:
             return output
-        recorded = self.seen.calls[number].logits
-        own = Call(self.calls[number].model, output).logits
+        recorded, own = (
+            self.seen.calls[number].logits,
+            Call(self.calls[number].model, output).logits,
+        )
         if recorded is None or own is None:
             return output
         leaf = self._stand_in(recorded)
@@ -291,12 +295,16 @@ class _Observer(TorchFunctionMode):
                 return plain(module, *args, **kwargs)
             finally:
                 self._in_body = False
+                self.calls[self._open].redraw = keep_random()
         if self._open >= len(self.seen.calls) or (
             unwrapped(self.seen.calls[self._open].model)
             is not unwrapped(self.calls[self._open].model)
         ):
             raise InexactError("it calls other models the second time")
-        return map_tensors(self.seen.calls[self._open].body, self._stand_in)
+        call = self.seen.calls[self._open]
+        if self.exact and call.redraw is not None:  # what is drawn behind a body is drawn again
+            call.redraw()
+        return map_tensors(call.body, self._stand_in)
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
@@ -305,18 +313,18 @@ class _Observer(TorchFunctionMode):
             leaf = tensor.detach().double() if self.exact else tensor.detach()
             if tensor.requires_grad:
                 leaf.requires_grad_()
-                self.leaves.append(leaf)
             self._stand_ins[id(tensor)] = leaf
         return self._stand_ins[id(tensor)]
 
     def _whole_model(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """A model is what embeds tokens, and is not given the student's activations."""
-        known = self._is_model.get(id(module))
-        if known is None:
-            known = any(isinstance(inner, nn.Embedding) for inner in module.modules())
-            known = known and not isinstance(module, nn.Embedding)
-            self._is_model[id(module)] = known
-        return known and not any(
+        if unwrapped(module) is self.model:
+            return True
+        if isinstance(module, nn.Embedding) or not any(
+            isinstance(inner, nn.Embedding) for inner in module.modules()
+        ):
+            return False
+        return not any(
             isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
             for value in pytree.tree_leaves((args, kwargs))
         )
@@ -325,6 +333,8 @@ class _Observer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.exact and func in (torch.rand, torch.randn):  # other numbers in another type
+            return func(*args, **{"dtype": self._narrow, **kwargs}).double()
         if self.exact and not self._in_body:
             args, kwargs, func = _exactly(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -350,18 +360,14 @@ def _exactly(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dic
     kept = args[:1] if in_place else ()
     for value in pytree.tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.is_floating_point():
-            _refuse_narrow(value)
+            # Whatever was computed so far is float64: this comes from a kernel that is not.
+            if value.dtype != torch.float64 and value.grad_fn is not None and not value._is_view():
+                name = str(value.dtype).removeprefix("torch.")
+                raise InexactError(f"{value.grad_fn.name()} returns {name}")
     args, kwargs = pytree.tree_map(_widened, (args[len(kept) :], kwargs))
-    if name in _NARROWING:
+    if name in ("float", "half", "bfloat16"):
         return args[:1], {}, Tensor.double
     return (*kept, *args), kwargs, func
-
-
-def _refuse_narrow(tensor: Tensor) -> None:
-    """Whatever was computed so far is float64, so this comes from a kernel that is not."""
-    if tensor.dtype != torch.float64 and tensor.grad_fn is not None and not tensor._is_view():
-        name = str(tensor.dtype).removeprefix("torch.")
-        raise InexactError(f"{tensor.grad_fn.name()} returns {name}")
 
 
 def _widened(value: Any) -> Any:

@@ -1,12 +1,12 @@
 """What one training step costs: time of its parts, and the memory that it holds at most.
 
-Nothing is changed: gradients, random states and the optimiser's state are put back, and the
-optimiser steps with a learning rate of 0.
+Nothing is changed: whatever a step moves is put back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 import time
 import weakref
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slmperf.bench.auditing.capture import Batch, Step, Watched, rerun, scalar, shallow
+from slmperf.bench.auditing.capture import Batch, Step, Watched, keep_random, rerun, scalar
 
 FORWARD, BACKWARD, OPTIMISER = "forward", "backward", "optimiser step"
 HEAD_AND_LOSS = "head and loss, both ways"
@@ -37,38 +37,51 @@ class PartTime(NamedTuple):
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put the gradients of the model and the random states back afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in kept:
+def untouched(model: nn.Module, optimizer: Any | None = None) -> Iterator[None]:
+    """Put gradients, the model's buffers and the random states back afterwards."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    parameters = {*model.parameters(), *(one for group in groups for one in group["params"])}
+    gradients = {parameter: parameter.grad for parameter in parameters}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    redraw = keep_random()
+    for parameter in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
-        for parameter, gradient in kept:
+        for parameter, gradient in gradients.items():
             parameter.grad = gradient
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
+        redraw()
 
 
-def step_times(
-    step: Step, batch: Batch, model: nn.Module, seen: Watched, optimizer: Any | None
-) -> list[PartTime]:
-    """Times of forward (all models that the step calls), backward, head and loss, optimiser."""
-    device = seen.loss.device
-    took: dict[str, list[float]] = {FORWARD: [], BACKWARD: [], HEAD_AND_LOSS: []}
-    with untouched(model):
-        deadline = time.perf_counter() + 2 * _SECONDS
-        for _ in _until(deadline):
-            model.zero_grad(set_to_none=True)
-            loss = _timed(took[FORWARD], device, lambda: scalar(step(shallow(batch))))
-            _timed(took[BACKWARD], device, loss.backward)
-            del loss
-        if optimizer is not None:
-            took[OPTIMISER] = _optimizer_times(optimizer, device)
-        for _ in _until(time.perf_counter() + _SECONDS):
-            model.zero_grad(set_to_none=True)
-            _timed(took[HEAD_AND_LOSS], device, lambda: rerun(step, batch, seen).loss.backward())
-    return [_part(name, seconds) for name, seconds in took.items() if seconds]
+def step_times(step: Step, batch: Batch, model: nn.Module, optimizer: Any | None) -> list[PartTime]:
+    """Times of forward (all models that the step calls), backward, and the optimiser."""
+    took: dict[str, list[float]] = {FORWARD: [], BACKWARD: []}
+    for _ in _until(time.perf_counter() + 2 * _SECONDS):
+        model.zero_grad(set_to_none=True)
+        loss = _timed(took[FORWARD], lambda: scalar(step(copy.copy(batch))))
+        _timed(took[BACKWARD], loss.backward)
+        del loss
+    if optimizer is not None:
+        took[OPTIMISER] = _optimizer_times(optimizer)
+    return [_part(name, seconds) for name, seconds in took.items()]
+
+
+def head_time(step: Step, batch: Batch, model: nn.Module, seen: Watched) -> PartTime:
+    """Time of head and loss, forward and backward, on the recorded hidden states."""
+    seconds: list[float] = []
+    for _ in _until(time.perf_counter() + _SECONDS):
+        model.zero_grad(set_to_none=True)
+        _timed(seconds, lambda: rerun(step, batch, seen).backward())
+    return _part(HEAD_AND_LOSS, seconds)
 
 
 def _until(deadline: float) -> Iterator[int]:
@@ -79,49 +92,47 @@ def _until(deadline: float) -> Iterator[int]:
         yield number
 
 
-def _timed(seconds: list[float], device: torch.device, call: Callable[[], Any]) -> Any:
-    _wait(device)
+def _timed(seconds: list[float], call: Callable[[], Any]) -> Any:
+    _wait()
     start = time.perf_counter()
     result = call()
-    _wait(device)
+    _wait()
     seconds.append(time.perf_counter() - start)
     return result
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
-def _optimizer_times(optimizer: Any, device: torch.device) -> list[float]:
-    """Steps at a learning rate of 0, which leaves the weights as they are."""
+def _optimizer_times(optimizer: Any) -> list[float]:
+    """Steps at a learning rate of 0; weights and state, which some move all the same, are copied
+    to the host and put back.
+    """
     # accelerate's wrapper skips the step inside an accumulation.
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    state = {
-        parameter: {name: _kept(value) for name, value in entry.items()}
-        for parameter, entry in optimizer.state.items()
-    }
+    groups = [dict(group) for group in optimizer.param_groups]
+    state = {parameter: dict(entry) for parameter, entry in optimizer.state.items()}
+    tensors = pytree.tree_leaves(([group["params"] for group in groups], list(state.values())))
+    copies = [
+        (one, one.detach().to("cpu", copy=True)) for one in tensors if isinstance(one, Tensor)
+    ]
     seconds: list[float] = []
     try:
         for group in optimizer.param_groups:
-            group["lr"] = torch.zeros_like(group["lr"]) if _is_tensor(group["lr"]) else 0.0
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         for _ in _until(time.perf_counter() + _SECONDS):
-            _timed(seconds, device, optimizer.step)
+            _timed(seconds, optimizer.step)
     finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
         optimizer.state.clear()
         optimizer.state.update(state)
+        with torch.no_grad():
+            for tensor, copied in copies:
+                tensor.copy_(copied)
     return seconds
-
-
-def _kept(value: Any) -> Any:
-    return value.clone() if _is_tensor(value) else value
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _part(name: str, seconds: list[float]) -> PartTime:
@@ -130,23 +141,22 @@ def _part(name: str, seconds: list[float]) -> PartTime:
     return PartTime(name, middle, low, high, len(times))
 
 
-def peak_mib(step: Step, batch: Batch, model: nn.Module, device: torch.device) -> float:
+def peak_mib(step: Step, batch: Batch, device: torch.device) -> float:
     """MiB that forward and backward hold at most beyond what was there: activations, gradients.
 
     On a GPU the allocator's count. On a CPU the storages that operators return, by their lives;
     what an operator uses inside itself is not seen.
     """
-    with untouched(model):
-        if device.type != "cuda":
-            with _Alive() as alive:
-                scalar(step(shallow(batch))).backward()
-            return alive.peak / 2**20
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        scalar(step(shallow(batch))).backward()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if device.type != "cuda":
+        with _Alive() as alive:
+            scalar(step(copy.copy(batch))).backward()
+        return alive.peak / 2**20
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    scalar(step(copy.copy(batch))).backward()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 class _Alive(TorchDispatchMode):
@@ -163,11 +173,11 @@ class _Alive(TorchDispatchMode):
         given = {
             id(value.untyped_storage())
             for value in pytree.tree_leaves((args, kwargs))
-            if _is_tensor(value)
+            if isinstance(value, Tensor)
         }
         out = func(*args, **(kwargs or {}))
         for value in pytree.tree_leaves(out):
-            if _is_tensor(value):
+            if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 key = id(storage)
                 if key not in given and key not in self._sizes:

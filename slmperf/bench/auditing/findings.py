@@ -15,6 +15,7 @@ from slmperf.bench.auditing.terms import Fit, Term, spread
 _GRADIENT = 0.01  # relative error of the gradient that is worth a sentence
 _WEIGHT = 0.01  # relative difference of a term's weight
 _SPREAD = 0.02  # of the rows' weights
+_UNEVEN = 0.05  # spread of a further term's weights over the rows
 _WASTE = 0.1  # share of rows or positions
 
 
@@ -26,6 +27,7 @@ class Evidence(NamedTuple):
     fit: Fit
     terms: Sequence[FoundTerm]
     weights: Tensor  # (n,) float64 of all rows
+    fitted: Tensor  # (m,) numbers of the rows of `fit`
     used: Tensor  # (n,) bool: rows with a gradient
     normaliser: float
     batch_size: int
@@ -109,7 +111,12 @@ def _terms(evidence: Evidence) -> Iterator[str]:
     unexplained = evidence.fit.residue > max(10 * evidence.noise, 1e-4)
     about = "something like " if unexplained else ""
     for term in extra:
-        yield f"{about}{term.name} with weight {term.found:.4g}, which the formula does not have"
+        own = evidence.fit.coefficients[:, [one.name for one in evidence.terms].index(term.name)]
+        uneven = spread(own / evidence.weights[evidence.fitted]) > _UNEVEN
+        yield (
+            f"{about}{term.name} with weight {term.found:.4g}, which the formula does not have"
+            + (" (the median: it differs from row to row)" if uneven else "")
+        )
     kept = [term for term in evidence.terms if term.configured and term.share > gone]
     for term in kept:
         assert term.configured is not None
@@ -178,7 +185,7 @@ def _rows(evidence: Evidence) -> Iterator[str]:
     silent = int((~evidence.used & (evidence.weights != 0)).sum())
     if silent:
         yield f"{silent:,} rows that the formula weighs have no gradient"
-    weights = evidence.weights[evidence.used]
+    weights = evidence.weights[evidence.fitted]
     kept = weights > 0
     for k, term in enumerate(evidence.terms):
         if not term.configured or term.share < max(10 * evidence.noise, 0.05):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -17,6 +19,8 @@ from slmperf.bench.auditing.terms import (
     Term,
     divergence_term,
 )
+from slmperf.bench.results import machine, write_results
+from slmperf.bench.roof import roof
 from slmperf.check import InputError
 from slmperf.ops import JSD, ForwardKL, ReverseKL
 
@@ -226,13 +230,25 @@ class AuditReport:
         return table
 
     def __str__(self) -> str:
-        lines = self.rows()
-        widths = [max(len(line[k]) for line in lines) for k in range(3)]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, (*widths, 0), strict=True))
-            for line in lines
-        ]
-        return "\n".join([f"exact gradient: {self.reference}", *text, *self.verdict()])
+        """The table, then one line for every finding."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="slmperf audit", title_justify="left", caption_justify="left")
+        table.caption = f"exact gradient: {self.reference}"
+        for column in ("", "what", "found", "meant, or remark"):
+            table.add_column(column, overflow="fold")
+        last = ""
+        for section, *cells in self.rows():
+            if section != last:
+                table.add_section()
+            table.add_row(section if section != last else "", *cells)
+            last = section
+        # A pipe has no width; 120 columns keep a line of the table a line of the log.
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        with console.capture() as text:
+            console.print(table)
+        return text.get() + "\n".join(self.verdict())
 
     def verdict(self) -> list[str]:
         """The findings, or that there are none."""
@@ -242,7 +258,7 @@ class AuditReport:
         return lines or ["clean: the loss is the configured formula"]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the parts' times, flat enough for a result file."""
+        """Everything but the parts' times, which are the rows of a result file."""
         content = asdict(self)
         content.pop("parts")
         for name in ("waste", "cost"):
@@ -258,3 +274,15 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
+def write_report(path: Path, report: AuditReport) -> None:
+    """A result file of kind "audit": a row for each part of the step, the rest under "audit"."""
+    write_results(
+        path,
+        "audit",
+        [part._asdict() for part in report.parts],
+        machine=machine(report.device),
+        roof=roof(report.device).as_json(),
+        audit=report.as_json(),
+    )

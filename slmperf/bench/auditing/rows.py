@@ -35,18 +35,21 @@ class Teacher(NamedTuple):
     given: Tensor | None = None
     head: Head | None = None
 
-    def logits(self, seen: Watched, exact: bool) -> Tensor:
-        """(n, V) float64 of one run; `exact`: with the head's product in float64 where known."""
-        if self.given is not None:
-            return flat([self.given]).detach().double()
-        product = exact_products(self.keys, seen) if exact else None
-        found = flat(at(self.keys, seen)).detach().double() if product is None else product
+    def logits(self, seen: Watched, index: Tensor, exact: bool) -> Tensor:
+        """(n, V) float64 of some rows of a run; `exact`: with the head's product in float64 where
+        known.
+        """
+        product = exact_products(self.keys, seen) if exact and self.given is None else None
+        if product is None:
+            product = flat([self.given] if self.given is not None else at(self.keys, seen))
+        found = product[index].detach().double()
         return found if self.head is None else self.head(found)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Rows of all tensors, one after the other: (n, last dimension)."""
-    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)  # a copy only where there is no other way
 
 
 def at(keys: Sequence[Key], seen: Watched) -> list[Tensor]:
@@ -206,29 +209,25 @@ class Labels(NamedTuple):
     same_position: Tensor | None
     meant: bool  # False for the next tokens of input_ids, which are no labels
 
-    def to(self, device: torch.device) -> Labels:
-        """On another device."""
-        targets, same = self.targets, self.same_position
-        return Labels(
-            None if targets is None else targets.to(device),
-            None if same is None else same.to(device),
-            self.meant,
+
+def _of_rows(name: str, given: Tensor, rows: int) -> Tensor:
+    """(rows,) of what was declared for every row of logits."""
+    if given.numel() != rows:
+        raise InputError(
+            f"audit: {name} are {tuple(given.shape)}, expected {rows}, one for every row of logits"
         )
+    return given.reshape(-1)
 
 
-def labels_of(batch: Batch, given: Tensor | None, rows: int) -> Labels:
+def labels_of(batch: Batch, given: Tensor | None, rows: int, device: torch.device) -> Labels:
     """A row of logits predicts the label after it, unless labels of every row are given."""
     if given is not None:
-        if given.numel() != rows:
-            raise InputError(
-                f"audit: labels are {tuple(given.shape)}, expected {rows}, one for every row of "
-                "logits"
-            )
-        return Labels(given.reshape(-1), None, True)
+        return Labels(_of_rows("labels", given, rows).to(device), None, True)
     for name in ("labels", "input_ids"):
         labels = batch.get(name)
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             continue
+        labels = labels.to(device)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         meant = name == "labels"
         if labels.numel() == rows:
@@ -244,12 +243,7 @@ def labels_of(batch: Batch, given: Tensor | None, rows: int) -> Labels:
 def weights_of(batch: Batch, given: Tensor | None, labels: Labels, rows: int) -> Tensor:
     """(n,) float64: as given, else 1 where there is a label, else 1 where tokens are attended."""
     if given is not None:
-        if given.numel() != rows:
-            raise InputError(
-                f"audit: weights are {tuple(given.shape)}, expected {rows}, one for every row of "
-                "logits"
-            )
-        return given.reshape(-1).double()
+        return _of_rows("weights", given, rows).double()
     if labels.meant:
         assert labels.targets is not None
         return (labels.targets != IGNORED).double()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ from slmperf.bench.auditing.terms import Head, fit
 from slmperf.bench.roof import Roof
 from slmperf.bench.roof import roof as roof_of
 from slmperf.check import InputError
+
+# Norm of a gradient, beside that of the rows' weights, that is nothing but float64's rounding.
+_NOTHING = 1e-13
 
 
 def audit(
@@ -64,8 +67,10 @@ def audit(
     optimizer       timed at a learning rate of 0 where it is given
     roof            otherwise measured, or read from the cache
 
-    Takes memory for about fifteen float64 copies of all logits. Weights, gradients, optimiser and
-    random states are afterwards what they were. Raises InputError where no logits can be found.
+    Takes about 160 bytes of memory for each logit; where there is less, a seeded sample of the rows
+    is held against the formula. Weights, buffers, gradients, optimiser and random states are
+    afterwards what they were. Raises InputError where no logits can be found, and where the loss or
+    its gradient is 0 or not finite.
     """
     if not isinstance(batch, Mapping):
         raise InputError(f"audit: batch is {type(batch).__name__}, expected a mapping")
@@ -101,16 +106,26 @@ def audit_step(
     roof: Roof | None = None,
 ) -> AuditReport:
     """Audit `step`, a function of the batch that calls `model` and returns the loss."""
-    formula = declared.formula
-    with audit_cost.untouched(model):
-        seen = watch(step, batch)
-        scene = _scene(seen, model, batch, declared)
-        evidence, reference, value = _evidence(step, model, batch, declared, seen, scene)
-    parts = audit_cost.step_times(step, batch, model, seen, optimizer)
-    peak = audit_cost.peak_mib(step, batch, model, seen.loss.device)
-    timed = {part.name: part.time_us for part in parts}
+    with audit_cost.untouched(model, optimizer):
+        report = _audit(step, model, batch, declared, roof)
+    # What was watched is gone by now: a step that fills the memory finds it as it was.
+    with audit_cost.untouched(model, optimizer):
+        peak = audit_cost.peak_mib(step, batch, torch.device(report.device))
+    with audit_cost.untouched(model, optimizer):
+        parts = audit_cost.step_times(step, batch, model, optimizer)
+    cost = report.cost._replace(peak_mib=peak)
+    return replace(report, cost=cost, parts=(*parts[:2], *report.parts, *parts[2:]))
+
+
+def _audit(
+    step: Step, model: nn.Module, batch: Batch, declared: Declared, roof: Roof | None
+) -> AuditReport:
+    """All but what is measured on the whole step."""
+    seen = watch(step, batch, model)
+    scene = _scene(seen, model, batch, declared)
+    evidence, reference, value = _evidence(step, model, batch, declared, seen, scene)
+    head = audit_cost.head_time(step, batch, model, seen)
     device = seen.loss.device.type
-    roof = roof or roof_of(device)
     return AuditReport(
         device=device,
         vocabulary=scene.vocabulary,
@@ -122,31 +137,47 @@ def audit_step(
         residue=evidence.fit.residue,
         outside=evidence.outside.share,
         waste=evidence.waste,
-        cost=_cost(seen, scene, evidence.waste, peak, timed[audit_cost.HEAD_AND_LOSS], roof),
-        parts=tuple(parts),
+        cost=_cost(seen, scene, evidence.waste, head.time_us, roof or roof_of(device)),
+        parts=(head,),
         findings=tuple(findings(evidence)),
-        judged=formula is not None,
+        judged=declared.formula is not None,
     )
 
 
 def _scene(seen: Watched, model: nn.Module, batch: Batch, declared: Declared) -> Scene:
     point = locate(seen, model)
     own = flat(point.gradients)
+    if not (seen.loss.isfinite() and own.isfinite().all()):
+        wrong = int((~own.isfinite()).any(-1).sum())
+        raise InputError(
+            f"audit: the loss is {float(seen.loss.detach()):.6g} and its gradient by {wrong:,} of "
+            f"{len(own):,} rows of logits is not finite, expected finite numbers"
+        )
     teacher = teacher_of(seen, batch, len(own), declared.teacher_logits, declared.teacher)
-    labels = labels_of(batch, declared.labels, len(own)).to(own.device)
+    labels = labels_of(batch, declared.labels, len(own), own.device)
     scene = Scene(point, own, teacher, labels)
     formula = declared.formula
     if formula is not None and formula.divergence is not None and teacher is None:
+        trained = any(
+            call.logits is not None and call.logits.requires_grad and not _share(call.model, model)
+            for call in seen.calls
+        )
         raise InputError(
             f"audit: the formula has a divergence, but no teacher logits of {len(own)} rows were "
-            "seen; give teacher_logits"
-        )
+            + ("seen; those of another model have a gradient, expected torch.no_grad()"
+               if trained else "seen; give teacher_logits")
+        )  # fmt: skip
     if formula is not None and formula.ce_weight and not scene.labels.meant:
         raise InputError(
             f"audit: the formula has a cross entropy, but no labels of {len(own)} rows were found; "
             "give labels, one for every row of logits"
         )
     return scene
+
+
+def _share(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have a parameter in common: one wraps the other."""
+    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
 
 
 def _evidence(
@@ -157,23 +188,28 @@ def _evidence(
     batch_size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
     normaliser = 1.0 if formula is None else formula.normaliser(weights, batch_size)
     exact = exact_gradient(step, batch, seen, scene, formula, weights / normaliser)
-    used = (exact.gradient != 0).any(-1)
-    index = used.nonzero()[:, 0]
-    if len(index) == 0:
-        raise InputError("audit: the loss has no gradient by any row of logits, expected some")
+    floor = _NOTHING * float((weights / weights.sum()).norm())
+    if float(exact.gradient.norm()) <= floor:
+        raise InputError(
+            "audit: the exact gradient by the logits is 0 (does the student equal its teacher?), "
+            "expected a step that has one"
+        )
+    used = (own != 0).any(-1)
+    used[exact.index] = has_gradient = (exact.gradient != 0).any(-1)
+    index = exact.index[has_gradient]
     if formula is None:  # a plain mean over the rows that count, for want of anything better
-        weights, normaliser = used.double(), float(len(index))
+        weights, normaliser = used.double(), float(used.sum())
     configured = None if formula is None else formula.terms()
     fitted = fit(
-        exact.rows.at(index),
-        exact.gradient[index],
+        exact.rows.at(has_gradient.nonzero()[:, 0]),
+        exact.gradient[has_gradient],
         weights[index],
         [term for term, _ in configured or ()],
         temperature=1.0 if formula is None else formula.temperature,
         noise=exact.noise,
     )
     value = None
-    if formula is not None:
+    if formula is not None and len(exact.index) == len(own):
         value = formula_value(formula, exact.rows, weights / normaliser)
     evidence = Evidence(
         formula=formula,
@@ -181,6 +217,7 @@ def _evidence(
         fit=fitted,
         terms=found_terms(fitted, weights[index], normaliser, configured),
         weights=weights,
+        fitted=index,
         used=used,
         normaliser=normaliser,
         batch_size=batch_size,
@@ -205,6 +242,13 @@ def _hidden_size(keys: Sequence[Key], head: Head | None, seen: Watched) -> int:
     return 0
 
 
+def _student_sums(seen: Watched, scene: Scene) -> int:
+    """Of a row and an entry: forward, by the hidden states, and by the head where it is trained."""
+    head = head_of(seen.model)
+    passes = 2 if head is not None and not head.weight.requires_grad else 3
+    return passes * _hidden_size(scene.point.keys, scene.point.head, seen)
+
+
 def _waste(seen: Watched, batch: Batch, declared: Declared, scene: Scene) -> Waste:
     used = int((scene.own != 0).any(-1).sum())
     # Of which hidden states a kernel makes logits cannot be seen: those used, at least.
@@ -215,7 +259,7 @@ def _waste(seen: Watched, batch: Batch, declared: Declared, scene: Scene) -> Was
         if call.logits is not None and not call.logits.requires_grad:
             teacher_rows += call.logits.numel() // call.logits.shape[-1]
     idle, idle_teacher = rows - used, max(0, teacher_rows - used)
-    sums = 3 * idle * _hidden_size(scene.point.keys, scene.point.head, seen)
+    sums = idle * _student_sums(seen, scene)
     if teacher is not None:
         sums += idle_teacher * _hidden_size(teacher.keys, teacher.head, seen)
     elements = scene.vocabulary * (2 * idle + idle_teacher)
@@ -231,12 +275,10 @@ def _waste(seen: Watched, batch: Batch, declared: Declared, scene: Scene) -> Was
     )
 
 
-def _cost(
-    seen: Watched, scene: Scene, waste: Waste, peak: float, took_us: float, roof: Roof
-) -> Cost:
+def _cost(seen: Watched, scene: Scene, waste: Waste, took_us: float, roof: Roof) -> Cost:
     """Least work: the products of the used rows, both models' logits and a gradient once each."""
     point, teacher = scene.point, scene.teacher
-    student_sums, teacher_sums = 3 * _hidden_size(point.keys, point.head, seen), 0
+    student_sums, teacher_sums = _student_sums(seen, scene), 0
     element = point.tensors[0].element_size()
     bytes_per_entry = element + scene.own.element_size()
     if teacher is not None:
@@ -248,7 +290,7 @@ def _cost(
     fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     least_us = roof.ideal_us(entries * bytes_per_entry, flops, "tf32" if fast else dtype)
     return Cost(
-        peak_mib=peak,
+        peak_mib=0.0,  # known later
         logits_mib=entries * bytes_per_entry / 2**20,
         least_tflop=flops / 1e12,
         roof_us=least_us,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -319,8 +318,13 @@ def _tune(rows: Rows, gradient: Tensor, found: Sequence[Term], others: Sequence[
     kinds |= {term.kind for term in found if term.kind is not None}
     temperatures = {term.temperature for term in found if term.kind is not None} | {1.0}
     tries = [
-        best(partial(_at_log_temperature, kind), -1.6, 2.7) for kind in sorted(kinds, key=repr)
-    ] + [best(partial(_at_beta, t), 0.02, 0.98) for t in sorted(temperatures)]
+        best(lambda x, kind=kind: divergence_term(kind, math.exp(x)), -1.6, 2.7)  # type: ignore[misc]
+        for kind in sorted(kinds, key=repr)
+    ]
+    tries += [
+        best(lambda x, t=t: divergence_term(JSD(x), t), 0.02, 0.98)  # type: ignore[misc]
+        for t in sorted(temperatures)
+    ]
     term = min(tries, key=left)
     assert term.kind is not None
     kind = term.kind
@@ -328,14 +332,6 @@ def _tune(rows: Rows, gradient: Tensor, found: Sequence[Term], others: Sequence[
         kind = JSD(float(f"{kind.beta:.4g}"))
     short = divergence_term(kind, float(f"{term.temperature:.4g}"))
     return short if left(short) <= 2 * left(term) + 1e-9 else term
-
-
-def _at_log_temperature(kind: Kind, x: float) -> Term:
-    return divergence_term(kind, math.exp(x))
-
-
-def _at_beta(temperature: float, beta: float) -> Term:
-    return divergence_term(JSD(beta), temperature)
 
 
 def _golden(function: Callable[[float], float], low: float, high: float) -> float:
