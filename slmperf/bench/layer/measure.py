@@ -147,15 +147,22 @@ class _Subject:
         work = {part: self._work(part) for part in PARTS}
         self.work = {part: found for part, found in work.items() if found[0]}
         moved, computed = zip(*self.work.values(), strict=True)
-        counts = {part: rotations(found[0], device) for part, found in self.work.items()}
+        # By what a call reads: a graph's results reuse one another's memory.
+        counts = {part: rotations(self._read(part), device) for part in self.work}
         self.variants = {
             part: [self._part_call(part, number) for number in range(count)]
             for part, count in counts.items()
         }
         self.work["block"] = sum(moved), sum(computed)
         self.variants["block"] = [
-            self._block_call(inputs, number) for number in range(rotations(sum(moved), device))
+            self._block_call(inputs, number)
+            for number in range(rotations(sum(one.nbytes for one in inputs.values()), device))
         ]
+
+    def _read(self, part: str) -> int:
+        """Bytes of the tensors that a part takes, weights among them."""
+        names = {name for step in self._block.steps if step.part == part for name in step.takes}
+        return sum(self._tensors[name].nbytes for name in names)
 
     def _work(self, part: str) -> tuple[int, int]:
         """Bytes (each tensor read or written once) and flops."""
