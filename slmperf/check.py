@@ -5,6 +5,7 @@ A leaf: imports nothing, torch least of all (it only reads `.shape`).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 
@@ -27,6 +28,14 @@ def parse_tokens(text: str, what: str = "context") -> int:
     if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
         raise InputError(f"{what} is {text!r}, expected a number of tokens such as 4096 or 4k")
     return int(digits) * unit
+
+
+def check_plot(path: str | Path) -> str:
+    """The format that a figure's file name asks for; InputError for another than these three."""
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise InputError(f"plot is {path}, expected a name that ends in .png, .svg, .pdf")
+    return kind
 
 
 def check_shapes(op: str, **named: tuple[Shaped, str]) -> dict[str, int]:

@@ -74,7 +74,7 @@ BAD = {
     "scheme": (["--target-ttft-ms", 9, "--scheme", "int3"], "scheme is 'int3', expected one of"),
     "items": (["--target-ttft-ms", 9, "--items", 0], "items is 0"),
     "item tokens": (["--target-ttft-ms", 9, "--context", 64], "item_tokens is 128, expected 1 to"),
-    "plot": (["--target-ttft-ms", 900, "--plot", "a.txt"], "ends in .png, .svg or .pdf"),
+    "plot": (["--target-ttft-ms", 900, "--plot", "a.txt"], "ends in .png, .svg, .pdf"),
     "choice": (["--target-ttft-ms", 900, "--write", "a.yaml", "--choice", 99], "choice is 99"),
     "nothing": (["--target-ttft-ms", 9, "--write", "a.yaml"], "nothing to write: no shape"),
 }

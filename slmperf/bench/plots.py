@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmperf.bench.ops import Row
-from slmperf.bench.results import check_plot
 from slmperf.bench.roof import Roof
+from slmperf.check import check_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

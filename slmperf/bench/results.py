@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from slmperf import arch
-from slmperf.check import InputError
+from slmperf.check import InputError, check_plot
 from slmperf.models.files import write_atomically
 
 SCHEMA = "slmperf.bench/1"
-PLOTS = (".png", ".svg", ".pdf")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -62,12 +61,6 @@ def check_device(device: str) -> str:
     if device == "cuda" and arch.cuda_capability() is None:
         raise InputError("device is cuda, but torch sees no CUDA device on this machine")
     return ("cuda" if arch.cuda_capability() else "cpu") if device == "auto" else device
-
-
-def check_plot(path: str | Path) -> None:
-    """InputError for a file name that says none of the formats that figures are drawn in."""
-    if Path(path).suffix.lower() not in PLOTS:
-        raise InputError(f"plot is {path}, expected a name that ends in {', '.join(PLOTS)}")
 
 
 def check_files(out: str | Path | None, plot: str | Path | None) -> None:

@@ -48,10 +48,10 @@ def plan(
     """List the shapes that meet a latency, before anybody trains them."""
     if ctx.invoked_subcommand is not None:
         return
-    from slmperf.check import InputError, parse_tokens
+    from slmperf.check import InputError, check_plot, parse_tokens
     from slmperf.models.files import write_atomically
     from slmperf.models.shapes import shape_of
-    from slmperf.plan.plot import check_plot, plot_plan
+    from slmperf.plan.plot import plot_plan
     from slmperf.plan.recipe import recipe_text
     from slmperf.plan.search import floor_ms
     from slmperf.plan.search import plan as search

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slmperf.check import InputError
+from slmperf.check import check_plot
 from slmperf.models.files import write_atomically
 from slmperf.models.shapes import Shape
 from slmperf.plan.latency import LatencyModel
@@ -16,14 +16,6 @@ from slmperf.plan.search import Choice, candidates
 # Paul Tol's bright scheme: distinct for the colour-blind.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 STYLES = ("-", "--", ":", "-.")
-
-
-def check_plot(path: str | Path) -> str:
-    """The format that a file's name asks for; InputError for another than png, svg or pdf."""
-    kind = Path(path).suffix.lower().lstrip(".")
-    if kind not in ("png", "svg", "pdf"):
-        raise InputError(f"plan: plot is {path}, expected a name that ends in .png, .svg or .pdf")
-    return kind
 
 
 def plot_plan(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from slmperf.bench.layer.measure import ALLREDUCE, LayerTime
 from slmperf.bench.layer.report import ORDER, by_context, change
-from slmperf.bench.results import check_plot
+from slmperf.check import check_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
