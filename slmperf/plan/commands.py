@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,7 +160,7 @@ def fit(
         prefix = "hot" if cell.hot else "cold"
         sizes = (str(cell.shape), f"{cell.context:,}", str(cell.tensor_parallel), str(cell.items))
         table.add_row(*sizes, prefix, f"{cell.ttft_ms:.4g}", f"{error:+.2f}", f"{left_out:+.2f}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for scheme in model.fitted.schemes:
         console.print(f"matrix products  {model.gemm_tflops[scheme]:.5g} TFLOP/s ({scheme})")
@@ -180,8 +181,6 @@ def _model(name: str) -> LatencyModel:
 
 
 def _print_choices(found: list, usd_per_gpu_hour: float) -> None:
-    import sys
-
     from rich.console import Console
     from rich.table import Table
 
