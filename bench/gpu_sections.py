@@ -283,7 +283,7 @@ def engine_plan(device):
         from slmperf.bench.serving.engine import ideal_us, prefill_work
         from slmperf.engine import Engine, prefill_latency, rank_latency
         from slmperf.models.shapes import shape_of
-        from slmperf.plan.latency import Work
+        from slmperf.plan.work import Work
 
         shape = replace(shape_of(name), layers=layers)
         config = LlamaConfig(

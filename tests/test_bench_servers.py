@@ -1,4 +1,7 @@
-"""bench serve against servers of known delays, in real time; this process's engine; the command."""
+"""bench serve against servers of known delays, in real time; this process's engine; the command.
+
+Over 400 lines: one fake server serves all of these tests.
+"""
 
 import contextlib
 import http.client
@@ -323,7 +326,7 @@ def test_what_the_engine_ran_is_what_the_file_says(tmp_path, slmperf, some_roof)
     from slmperf.bench.results import read_results
     from slmperf.bench.serving.engine import RANDOM
     from slmperf.plan.fit import read_cells
-    from slmperf.plan.latency import prefill_works
+    from slmperf.plan.work import prefill_works
 
     out = tmp_path / "r.json"
     command = ("bench", "serve", "--device", "cpu", *LOAD, "--prompts", "ids", "--k", 1)

@@ -15,8 +15,8 @@ from slmperf.check import InputError
 from slmperf.models.shapes import SHAPES
 from slmperf.plan import LatencyModel, plan
 from slmperf.plan.fit import Cell, fit, read_cells
-from slmperf.plan.latency import kv_bytes_per_token, weight_bytes
 from slmperf.plan.search import floor_ms
+from slmperf.plan.work import kv_bytes_per_token, weight_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 

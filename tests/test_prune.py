@@ -1,4 +1,7 @@
-"""osscar against brute force, and prune_model on random and on real models."""
+"""osscar against brute force, and prune_model on random and on real models.
+
+Over 400 lines: the brute force and its problems serve all of these tests.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from slmperf.check import InputError
 from slmperf.models.shapes import Shape, shape_of
-from slmperf.plan.latency import SCHEMES, Fitted, LatencyModel, prefill_works
+from slmperf.plan.latency import Fitted, LatencyModel
+from slmperf.plan.work import SCHEMES, prefill_works
 
 BENCH_SCHEMA = "slmperf.bench/1"
 # Tables of the paper's results file: name -> (tokens of a prompt, prompts per member).

@@ -14,7 +14,8 @@ from typing import Any
 
 from slmperf.check import InputError
 from slmperf.models.shapes import Shape, shape_of
-from slmperf.plan.latency import LatencyModel, Prediction, kv_bytes_per_token, weight_bytes
+from slmperf.plan.latency import LatencyModel, Prediction
+from slmperf.plan.work import kv_bytes_per_token, weight_bytes
 
 BASES = ("8b", "3b", "1b")
 STEPS = 16  # widths tried per base: sixteenths of its neurons

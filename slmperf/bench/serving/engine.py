@@ -25,7 +25,7 @@ from slmperf.bench.serving.workloads import WORDS, Kind, Prompt, Workload
 from slmperf.check import InputError
 from slmperf.engine import Engine, OpenPrefix
 from slmperf.models.shapes import Shape, shape_of
-from slmperf.plan.latency import Work, prefill_works
+from slmperf.plan.work import Work, prefill_works
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
