@@ -112,6 +112,23 @@ def kd_loss(
     return loss
 
 
+class Shows(nn.Module):
+    """A model that shows its hidden states."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask):
+        return self.inner(input_ids, attention_mask, output_hidden_states=True)
+
+    def get_decoder(self):
+        return self.inner.get_decoder()
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+
 def look(student, batch, loss, formula=FORWARD, **more):
     return audit(student, batch, loss, formula=formula, roof=ROOF, **more)
 
@@ -418,22 +435,6 @@ def test_gradient_from_elsewhere_than_the_logits(student, teacher, batch):
         hidden = student.model(input_ids=batch["input_ids"]).last_hidden_state
         return hidden.square().mean()
 
-    class Wide(nn.Module):
-        """A model that shows its hidden states."""
-
-        def __init__(self):
-            super().__init__()
-            self.inner = student
-
-        def forward(self, input_ids, attention_mask):
-            return self.inner(input_ids, attention_mask, output_hidden_states=True)
-
-        def get_decoder(self):
-            return self.inner.get_decoder()
-
-        def get_output_embeddings(self):
-            return self.inner.get_output_embeddings()
-
     def on_hidden(layer, weight):
         def loss(outputs, batch):
             return kd_loss(teacher)(outputs, batch) + weight * (
@@ -442,10 +443,10 @@ def test_gradient_from_elsewhere_than_the_logits(student, teacher, batch):
 
         return loss
 
-    said = only(look(Wide(), batch, on_hidden(-1, 0.3)))
+    said = only(look(Shows(student), batch, on_hidden(-1, 0.3)))
     assert "does not come by the logits" in said
     assert "mean square of the last hidden states, weight 0.3" in said
-    said = only(look(Wide(), batch, on_hidden(1, 0.05)))
+    said = only(look(Shows(student), batch, on_hidden(1, 0.05)))
     assert "mean square of the hidden states 1, weight 0.05" in said
 
     def decayed(outputs, batch):
@@ -596,25 +597,11 @@ def test_a_fused_head(student, batch):
 
     inputs = {**batch, "output_hidden_states": True}
 
-    class Shows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = student
-
-        def forward(self, input_ids, attention_mask):
-            return self.inner(input_ids, attention_mask, output_hidden_states=True)
-
-        def get_decoder(self):
-            return self.inner.get_decoder()
-
-        def get_output_embeddings(self):
-            return self.inner.get_output_embeddings()
-
-    report = look(Shows(), inputs, loss(1), Formula(ce_weight=1.0))
+    report = look(Shows(student), inputs, loss(1), Formula(ce_weight=1.0))
     assert report.errors["same hidden states"].norm < 1e-4
     assert weights(report) == pytest.approx({"cross entropy on labels": 1}, rel=1e-3)
     assert report.waste.used == B * (L - 1) and report.cost.least_tflop > 0
-    found = look(Shows(), inputs, loss(2), Formula(ce_weight=1.0)).findings
+    found = look(Shows(student), inputs, loss(2), Formula(ce_weight=1.0)).findings
     assert any("has weight 2 and not 1" in line for line in found)
     # Its logits are computed by the model all the same, and nothing uses them.
     assert any(line.startswith(f"{B * L} of {B * (2 * L - 1)} rows") for line in found)

@@ -16,7 +16,7 @@ from slmperf.models.shapes import SHAPES
 from slmperf.plan import LatencyModel, plan
 from slmperf.plan.fit import Cell, fit, read_cells
 from slmperf.plan.search import floor_ms
-from slmperf.plan.work import kv_bytes_per_token, weight_bytes
+from slmperf.plan.work import kv_bytes_per_token, prefill_works, weight_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +65,20 @@ def test_one_rate_and_one_overhead_would_not_do(paper_file, h100):
         terms = h100.breakdown(cell.shape, **cell.settings)
         worst = max(worst, abs((terms.total_ms - terms.token) / cell.ttft_ms - 1))
     assert worst > 0.3
+    # The same with two constants fitted for it: one rate for all products, one overhead.
+    rows = []
+    for cell in cells:
+        asked = cell.settings
+        ranks, scheme = asked.pop("tensor_parallel"), asked.pop("scheme")
+        (work,) = prefill_works(cell.shape, ranks, scheme, **asked)
+        rows.append([(work.gemm_flops + work.attention_flops) / cell.ttft_ms, 1 / cell.ttft_ms])
+    matrix = np.array(rows)
+    size = np.linalg.norm(matrix, axis=0)
+    constants = np.linalg.lstsq(matrix / size, np.ones(len(cells)), rcond=None)[0]
+    assert np.abs(matrix / size @ constants - 1).max() == pytest.approx(0.30, abs=0.01)
+    shares = [h100.breakdown(cell.shape, **cell.settings) for cell in cells]
+    shares = [terms.token / terms.total_ms for terms in shares]
+    assert (min(shares), max(shares)) == pytest.approx((0.31, 0.57), abs=0.01)
 
 
 def test_the_code_holds_no_table_cell(paper):
