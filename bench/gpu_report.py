@@ -24,7 +24,13 @@ COLUMNS = (
     ("tflops", "TFLOP/s", 1, 1),
     ("roof_share", "% roof", 100, 0),
     ("speedup", "x baseline", 1, 2),
+    ("times_products", "x products", 1, 3),
+    ("speedup_over_eager", "x eager", 1, 2),
+    ("speedup_over_liger", "x liger", 1, 2),
+    ("speedup_over_liger_chunked", "x chunked", 1, 2),
     ("peak_mib", "peak MiB", 1, 0),
+    ("gradient_error", "error, %", 100, 3),
+    ("gradient_error_close", "close, %", 100, 3),
     ("layer_change_pct", "layer, %", 1, 1),
     ("attention_block_change_pct", "attention block, %", 1, 1),
 )

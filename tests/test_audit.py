@@ -33,7 +33,8 @@ from slmperf.bench.auditing.cost import peak_mib
 from slmperf.bench.auditing.step import Declared, audit_step
 from slmperf.bench.roof import FORMATS, Roof
 from slmperf.check import InputError
-from slmperf.ops import JSD, ForwardKL, ReverseKL
+from slmperf.distill import DistillationConfig
+from slmperf.ops import JSD, ForwardKL, ReverseKL, SkewReverseKL
 
 V, B, L = 64, 3, 16
 FORWARD = Formula(ForwardKL())
@@ -695,6 +696,17 @@ def test_formula_reads_text():
     ]:
         with pytest.raises(InputError, match=said):
             Formula.parse(text)
+
+
+def test_a_divergence_that_no_term_is_known_of():
+    config = DistillationConfig(steps=1, divergence=SkewReverseKL(0.2))
+    with pytest.raises(
+        InputError, match=r"divergence is SkewReverseKL\(alpha=0.2\), expected Forw"
+    ):
+        Formula.of(config, 3)
+    assert Formula.of(config, 3, teacher=False).ce_weight == 1.0
+    sft = DistillationConfig(steps=1, divergence=SkewReverseKL(0.2), kd_weight=0.0, ce_weight=1.0)
+    assert Formula.of(sft, 3).divergence is None
 
 
 def test_wrong_input_is_named(student, teacher, batch):

@@ -155,10 +155,10 @@ def test_a_mean_that_the_trainer_does_not_divide(command):
 def test_our_own_trainer(command):
     report = command(MODELS + OURS)
     assert weights(report) == pytest.approx(
-        {"forward KL": 0.9, "cross entropy on labels": 0.1}, rel=1e-3
+        {"forward KL": 0.9, "cross entropy on labels": 0.1}, rel=1e-6
     )
-    assert report.reference.startswith("the configured formula in float64")
-    assert report.errors["head in float64 too"].norm < 1e-4
+    assert report.reference == "the loss function in float64"
+    assert report.errors["same hidden states"].norm < 1e-5
     assert report.loss == pytest.approx(report.formula_loss, rel=1e-5)
     # One row a sequence goes through the model's own head, the rest only where it counts.
     assert report.waste.rows - report.waste.used <= 4

@@ -3,6 +3,7 @@
 Over 400 lines: plans that fail, hang and leak are written out, each beside its test.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -327,7 +328,12 @@ def test_without_git_the_sources_name_and_date_themselves(check, monkeypatch, tm
 
 
 @pytest.fixture(scope="module")
-def sections(root, check):
+def plans(root, check):
+    return load(root, "gpu_plans")
+
+
+@pytest.fixture(scope="module")
+def sections(root, plans):
     return load(root, "gpu_sections")
 
 
@@ -531,21 +537,82 @@ def test_the_tests_have_the_device_to_themselves(sections, report, tmp_path, mon
     assert found["torch"] == torch.__version__ and found["kind"] == "cpu"
 
 
-def test_engine_rows_hold_their_share_of_the_roof(sections, stub, monkeypatch):
+def test_engine_rows_hold_their_share_of_the_roof(sections, plans, stub, monkeypatch):
     from slmperf.models.shapes import Shape
 
     tiny = Shape(1, 64, 2, 1, 32, 128, 256)
-    monkeypatch.setattr(sections, "ENGINES", {"cpu": ((tiny, 2, 64, 3),)})
+    monkeypatch.setattr(plans, "ENGINES", {"cpu": ((tiny, 2, 64, 3),)})
     part = sections.Part(stub, time.time() + 60, 1.0)
     # Ten bytes a microsecond and operations for nothing: the least time is that of the bytes.
     part.kept_roof = type("Roof", (), {"ideal_us": lambda self, bytes, flops, dtype: bytes / 10})()
-    (work,) = sections.engine_plan("cpu").values()
+    (work,) = plans.engine_plan("cpu").values()
     rows = {row["name"].rpartition(", ")[2]: row for row in work(part, {})}
     assert set(rows) == {"prefill", "rank 3 uncached", "rank 3 cached"}
     least = {name: row["roof_share"] * row["time_us"] for name, row in rows.items()}
     weights = 2 * tiny.layer_matrix_parameters * 4
     assert least["rank 3 uncached"] > least["prefill"] > weights / 10
     assert weights / 10 < least["rank 3 cached"] < least["rank 3 uncached"]
+
+
+def test_kd_rows_at_tiny_sizes(plans, sections, stub, monkeypatch):
+    """The part "kd" as `DEVICE=cpu` runs it; compiled by a quicker compiler, memory not asked."""
+    from slmperf.bench.kd import measure
+
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(measure, "peak_of", lambda *given: 3.0)
+    plan = plans.kd_plan("cpu")
+    assert list(plan) == ["kd 16<-24 x 512", "kd step of the quickstart"]
+    part = sections.Part(stub, time.time() + 60, 0.01)
+    for name, work in plan.items():
+        assert not part.run(name, work), part.content["sections"][name]
+    rows = {row["name"]: row for row in part.content["rows"]}
+    assert all(name.startswith(row["section"]) for name, row in rows.items())
+    assert len(rows) == 2 * 4 + 2 + 1 + 2
+    ours = "kd 16<-24 x 512, {} tokens, bf16: kd_loss, fp32 logits"
+    few = rows["kd 16<-24 x 512, 256 tokens, 4 of them answers, bf16: kd_loss, fp32 logits"]
+    worst = rows["kd 16<-24 x 512, worst of all tokens"]
+    each = [rows[ours.format(tokens)] for tokens in plans.KD_TOKENS["cpu"]]
+    assert worst["times_products_fp32"] == max(row["times_products"] for row in each)
+    assert worst["speedup_over_eager"] == min(row["speedup_over_eager"] for row in each)
+    assert worst["time_us"] == each[-1]["time_us"] and few["time_us"] > 0
+    assert "speedup_over_liger" not in worst, "no rival ran"
+
+
+def test_ours_that_cannot_run_fail_their_section(plans, sections, stub, monkeypatch):
+    from slmperf.bench.kd import measure
+
+    name = "kd 16<-24 x 512, 32 tokens, bf16: {}"
+    refused = {name.format("eager"): "OutOfMemoryError: too large"}
+    monkeypatch.setattr(measure, "measure", lambda *given: measure.Measured([], refused))
+    work = plans.kd_plan("cpu")["kd 16<-24 x 512"]
+    part = sections.Part(stub, time.time() + 60, 0.01)
+    refused[name.format("kd_loss, fp32 logits")] = "RuntimeError: kernel says no"
+    assert part.run("kd", work)
+    error = part.content["sections"]["kd"]["error"]
+    assert error.endswith("kd_loss, fp32 logits: RuntimeError: kernel says no")
+    assert "OutOfMemory" not in error
+
+
+def test_a_figure_that_one_row_lacks_is_not_the_worst_of_all(plans):
+    """Eager that did not fit at the most tokens leaves its target owed."""
+
+    def row(mode, **more):
+        return row_of(
+            mode, role="ours", way=f"kd_loss, {mode} logits", above_gradients_gib=1.0, **more
+        )
+
+    rows = [
+        row("bf16", times_products=1.1, speedup_over_eager=2.0),
+        row("difference", times_products=1.3, speedup_over_eager=1.7),
+        row("bf16", times_products=1.2, speedup_over_eager=2.5),
+        row("difference", times_products=1.2),
+    ]
+    found = plans.worst_of(rows, "worst")
+    assert found["times_products_bf16"] == 1.2 and found["times_products_difference"] == 1.3
+    assert found["above_gradients_gib"] == 1.0 and "speedup_over_eager" not in found
+    rows[-1]["speedup_over_eager"] = 1.6
+    assert plans.worst_of(rows, "worst")["speedup_over_eager"] == 1.6
 
 
 @pytest.mark.gpu

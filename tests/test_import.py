@@ -31,8 +31,8 @@ PUBLIC = {
 }
 # Names beside that list, each with the reason why it is public.
 ADDITIONS = {
-    # The oracle that later losses call, and the doctor's question.
-    "ops": "divergence_reference implementations",
+    # The oracles, what kd_loss returns, and the doctor's question.
+    "ops": "divergence_reference kd_loss_reference KDLoss implementations",
     # Section 6 names nothing of the data floor: readers, tasks, the split, prompts, the tokenizer.
     "data": "Interactions read_interactions Prompt read_prompts world Task tasks_for Split split "
     "PromptBuilder TrainingSequence RankingPrompt train_tokenizer prompt_texts training_texts",
@@ -45,8 +45,9 @@ ADDITIONS = {
     "engine": "score_prompts OpenPrefix Prefill Rank layer_split prefill_latency rank_latency",
     # Section 6 has the command audit; this is the function behind it, and its types.
     "bench": "AuditReport Formula audit",
-    # The function that recipes call, and its results.
-    "distill": "train TrainResult LossParts PackedBatches",
+    # The function that recipes call and its results; the loss in loops and trainers of others.
+    "distill": "train TrainResult PackedBatches student_head teacher_head answer_weights "
+    "use_kd_loss TeacherCacheWriter hash_of_model hash_of_tokenizer",
 }
 
 

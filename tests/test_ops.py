@@ -91,6 +91,14 @@ def test_full_cross(op, impl):
     assert not failures(impl, FAMILIES[op].every(small=impl == "triton"))
 
 
+@pytest.mark.slow
+def test_large():
+    """What is too large to be crossed, and for the interpreter."""
+    for op, impl in kernels("cpu"):
+        if impl != "triton":
+            assert not failures(impl, FAMILIES[op].large)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
 def test_narrower_instruction_sets(isa):
     """What other processors would run, on a sample that does not change with the day."""
@@ -139,7 +147,7 @@ def test_wide_instructions_stay_in_their_namespaces():
 @pytest.mark.gpu
 @each_kernel("cuda")
 def test_full_cross_on_device(op, impl):
-    assert not failures(impl, FAMILIES[op].every(), "cuda")
+    assert not failures(impl, [*FAMILIES[op].every(), *FAMILIES[op].large], "cuda")
 
 
 @pytest.mark.gpu
@@ -184,17 +192,42 @@ def test_more_logits_than_32_bits_count():
 # --- the battery itself can fail ---
 
 
-def test_a_wrong_kernel_is_caught(monkeypatch):
-    case = FAMILIES["divergence"].checked[2]
-    right = type(case).run
+@pytest.mark.parametrize(
+    "case", [FAMILIES["divergence"].checked[2], FAMILIES["kd_loss"].checked[0]], ids=lambda c: c.op
+)
+def test_a_wrong_kernel_is_caught(monkeypatch, case):
+    right, name = type(case).run, case.differentiable[0]
     for wrong in (
         lambda self, given, impl: right(self, given, impl) * (1 + 1e-5),
         lambda self, given, impl: right(self, given, impl).roll(1),
-        lambda self, given, impl: right(self, given, impl) + 1e-6 * given["student"].sum(dim=1),
+        lambda self, given, impl: right(self, given, impl) + 1e-5 * given[name].sum(dim=1),
     ):
         monkeypatch.setattr(type(case), "run", wrong)
         with pytest.raises(AssertionError, match="error .* over"):
             run_case(case, "reference")
+
+
+def test_budget_of_one_number():
+    """A twin whose errors cancel by luck does not ask the same luck of a kernel."""
+    gold = torch.tensor(1.0, dtype=torch.float64)
+    found = torch.tensor(1.0 + 1e-4)
+    with pytest.raises(AssertionError, match="twin 0"):
+        check_error("by luck", found, gold.float(), gold, 4)
+    check_error("of its terms", found, gold.float(), gold, 4, least_twin_error=1e-4)
+    with pytest.raises(AssertionError, match="error .* over"):
+        check_error("of its terms", found, gold.float(), gold, 4, least_twin_error=1e-5)
+
+
+def test_crossed_axes_meet_in_full():
+    """A family with too many axes crosses those that it names, and no fewer."""
+    family = FAMILIES["kd_loss"]
+    met = {(case.kind, case.reduced) for case in family.every()}
+    assert met == {(kind, reduced) for kind in family.axes["kind"]
+                   for reduced in family.axes["reduced"]}  # fmt: skip
+    sizes, makers = (
+        {getattr(case, name) for case in family.every()} for name in ("sizes", "maker")
+    )
+    assert len(sizes) >= len(family.axes["sizes"]) and makers == set(family.axes["maker"])
 
 
 def test_budget_looks_at_infinities():

@@ -19,9 +19,19 @@ import torch
 
 from slmperf import cli
 from slmperf.check import InputError
+from slmperf.ops import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 from slmperf.recipe import Recipe, run
 from slmperf.recipe.plan import plan
 from slmperf.recipe.results import Results
+from slmperf.recipe.schema import Training
+from slmperf.recipe.stages import training_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 TINY = RECIPES / "tiny.yaml"
@@ -286,6 +296,13 @@ def refused(capsys, monkeypatch, recipe: Path, out: Path, data: Path | None = No
         ("from: narrow,", "from: teacher,", "narrow-kd is a mixture of experts, expected a dense"),
         ("from: student,", "from: teacher,", "teacher is a mixture of experts"),
         ("learning_rate: 3e-3", "learning_rate: fast", "learning_rate: expected number, found 'f"),
+        (
+            "learning_rate: 3e-3",
+            "learning_rate: 3e-3, divergence: kl",
+            "divergence: expected 'forw",
+        ),
+        ("learning_rate: 3e-3", "learning_rate: 3e-3, beta: 0.1", "beta is given, expected diverg"),
+        ("learning_rate: 3e-3", "learning_rate: 3e-3, alpha: 1", "training.alpha: expected less"),
         ("name: tiny", "name: tiny\nname: two", "line 3: the key 'name' is given twice"),
         ("name: tiny", "name: [tiny", "line 3:"),
         ("tasks: [like, top]", "tasks: [like, love]", "data.tasks: no task is named 'love'"),
@@ -304,6 +321,24 @@ def test_bad_recipes(capsys, monkeypatch, tmp_path, rows, old, new, said):
     line = refused(capsys, monkeypatch, recipe, out, rows)
     assert said in line and "recipe.yaml" in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words,kind",
+    [
+        ({}, ForwardKL()),
+        ({"divergence": "reverse_kl"}, ReverseKL()),
+        ({"divergence": "jsd"}, JSD(0.5)),
+        ({"divergence": "jsd", "beta": 1}, JSD(1.0)),
+        ({"divergence": "skew_forward_kl"}, SkewForwardKL(0.1)),
+        ({"divergence": "skew_reverse_kl", "alpha": 0.3}, SkewReverseKL(0.3)),
+        ({"divergence": "total_variation"}, TotalVariation()),
+    ],
+)
+def test_every_divergence_has_a_word(words, kind):
+    config = training_config(Training(steps=1, temperature=2.0, **words), context=8, seed=3)
+    assert config.divergence == kind
+    assert (config.temperature, config.context, config.seed) == (2.0, 8, 3)
 
 
 def without_column(folder: Path) -> None:

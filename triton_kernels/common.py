@@ -97,3 +97,11 @@ def expm1_negative(x):
     y = y * x + 0.5
     y = y * x + 1.0
     return tl.where(x > -0.5, y * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def softcapped(x, cap):
+    """cap tanh(x / cap), accurate near 0: tanh |y| = -e / (2 + e) with e = expm1(-2 |y|)."""
+    less = expm1_negative(-2.0 * tl.abs(x / cap))
+    size = cap * (-less / (2.0 + less))
+    return tl.where(x < 0.0, -size, size)

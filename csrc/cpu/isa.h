@@ -13,10 +13,10 @@ Isa isa();
 
 // FUNCTION as compiled by each_isa.h for this processor.
 #if defined(__x86_64__)
-#define SLMPERF_PICK(FUNCTION)                                    \
-  (::slmperf::isa() == ::slmperf::Isa::avx512 ? &avx512::FUNCTION \
-   : ::slmperf::isa() == ::slmperf::Isa::avx2 ? &avx2::FUNCTION   \
-                                              : &scalar::FUNCTION)
+#define SLMPERF_PICK(...)                                            \
+  (::slmperf::isa() == ::slmperf::Isa::avx512 ? &avx512::__VA_ARGS__ \
+   : ::slmperf::isa() == ::slmperf::Isa::avx2 ? &avx2::__VA_ARGS__   \
+                                              : &scalar::__VA_ARGS__)
 #else
-#define SLMPERF_PICK(FUNCTION) (&scalar::FUNCTION)
+#define SLMPERF_PICK(...) (&scalar::__VA_ARGS__)
 #endif

@@ -1,4 +1,5 @@
-// Vec: as many floats as the instruction set holds, and the only intrinsics of the project.
+// Vec: as many floats as the instruction set holds. The only intrinsics of the project, but for the
+// bf16 units in half_products_tiles.h.
 // Included by each_isa.h once per set; loads widen bf16 and fp16 to fp32, stores round to nearest
 // even.
 //
@@ -40,6 +41,7 @@ inline void store(BFloat16* x, Vec a) {
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec at_least(float bound, Vec a) { return {_mm512_max_ps(_mm512_set1_ps(bound), a.v)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -101,6 +103,7 @@ inline void store(BFloat16* x, Vec a) {
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec at_least(float bound, Vec a) { return {_mm256_max_ps(_mm256_set1_ps(bound), a.v)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -194,6 +197,7 @@ inline void store(Float16* x, Vec a) {
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec at_least(float bound, Vec a) { return {bound > a.v ? bound : a.v}; }
 inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
@@ -256,11 +260,23 @@ inline Vec exp2(Vec x) {
   return scale(power.fraction_minus_1 + splat(1.0f), power.n);
 }
 
-// 2^x - 1 for x <= 126, accurate where it is near 0.
-inline Vec exp2_minus_1(Vec x) {
+// 2^x and 2^x - 1 for x <= 126, the second accurate where it is near 0.
+struct Exponential {
+  Vec value, minus_1;
+};
+inline Exponential exp2_and_minus_1(Vec x) {
   const PowerOf2 power = power_of_2(at_least(-152.0f, x));
   const Vec one = splat(1.0f), whole = scale(one, power.n);
-  return fma(power.fraction_minus_1, whole, whole - one);
+  return {fma(power.fraction_minus_1, whole, whole),
+          fma(power.fraction_minus_1, whole, whole - one)};
+}
+inline Vec exp2_minus_1(Vec x) { return exp2_and_minus_1(x).minus_1; }
+
+// tanh(x) from y = -2 log2(e) |x|, whose e^(-2|x|) - 1 is accurate near 0.
+inline Vec tanh_of(Vec x, Vec y) {
+  const Vec less = exp2_minus_1(y), zero = splat(0.0f);
+  const Vec size = less / (splat(2.0f) + less);  // -tanh |x|
+  return where_positive(x, zero - size, size);
 }
 
 // log x for positive, normal x, to 1.3 ulp: log m is r times a minimax polynomial in r = m - 1.

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from slmperf.bench.kd.command import kd
+
 app = typer.Typer(
     help="Measure: the machine's roof, operators, one layer, a serving load.",
     no_args_is_help=True,
 )
+app.command()(kd)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Result files: what every bench writes and `slmperf bench compare` and `slmperf plan fit` read.
 
     {"schema": "slmperf.bench/1",
-     "kind": "roof" | "ops" | "layer" | "serve" | "audit" | "gpu-check",
+     "kind": "roof" | "ops" | "kd" | "layer" | "serve" | "audit" | "gpu-check",
      "date": "2026-11-22T07:02Z",
      "machine": {...}, "roof": {...} or null, "rows": [{...}, ...]}
 
@@ -93,9 +93,22 @@ def write_results(
     roof: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> None:
-    """Write a result file in one step; `more` are further keys of the file."""
+    """Write a result file in one step; arguments as of `content`."""
+    found = content(kind, rows, machine=machine, roof=roof, **more)
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+def content(
+    kind: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    machine: Mapping[str, Any],
+    roof: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What a result file holds; `more` are further keys of it."""
     now = datetime.datetime.now(datetime.UTC)
-    content = {
+    return {
         "schema": SCHEMA,
         "kind": kind,
         "date": f"{now:%Y-%m-%dT%H:%MZ}",
@@ -104,7 +117,6 @@ def write_results(
         **more,
         "rows": [dict(row) for row in rows],
     }
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

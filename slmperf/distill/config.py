@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from slmperf.check import InputError
-from slmperf.ops import JSD, ForwardKL, ReverseKL
+from slmperf.ops import ForwardKL
+from slmperf.ops.divergence import Kind
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class DistillationConfig:
     """
 
     # The loss of one example, one history row: see slmperf.distill.loss.
-    divergence: ForwardKL | ReverseKL | JSD = field(default_factory=ForwardKL)
+    divergence: Kind = field(default_factory=ForwardKL)
     kd_weight: float = 0.9  # weight of the divergence from the teacher; without a teacher unused
     ce_weight: float = 0.1  # weight of the cross entropy; without a teacher cross entropy weighs 1
     temperature: float = 1.0  # divides the logits of both models in the divergence alone
@@ -78,6 +79,8 @@ class DistillationConfig:
                 refuse(name, "at least 0")
         if self.kd_weight + self.ce_weight == 0:
             refuse("kd_weight", "more than 0 when ce_weight is 0")
+        if not isinstance(self.divergence, Kind):
+            refuse("divergence", "ForwardKL() or another divergence of slmperf.ops")
         if not 0 < self.sequence_sample <= 1:
             refuse("sequence_sample", "more than 0 and at most 1")
         if not 0 <= self.warmup <= 1:

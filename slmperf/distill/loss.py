@@ -1,7 +1,7 @@
-"""The loss of distillation on logits.
+"""The loss of distillation, from the hidden states of both models (slmperf.ops.kd_loss).
 
-An example is one history row i with its answer tokens A_i and all its tokens S_i (A_i included). A
-token t weighs
+As slmperf.distill.train takes it: an example is one history row i with its answer tokens A_i and
+all its tokens S_i (A_i included). A token t weighs
 
     w_t = answer_weight / |A_i| * [t in A_i]  +  sequence_weight / |S_i|
 
@@ -17,51 +17,109 @@ teacher: CE alone, weight 1. The teacher's logits carry no gradient. Weights 0.9
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from slmperf.distill.config import DistillationConfig
-from slmperf.ops import JSD, ForwardKL, ReverseKL, divergence
+from slmperf.check import InputError
+from slmperf.ops import ForwardKL, KDLoss, StudentHead, kd_loss
+from slmperf.ops.divergence import Kind
+from slmperf.ops.kd_loss.heads import Teacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class LossParts(NamedTuple):
-    """Sums over tokens, not yet divided by the number of examples; fp32 scalars."""
+class DistillationLoss(torch.nn.Module):
+    """(1 - cross_entropy) * D(teacher, student) + cross_entropy * CE(student, label), per token.
 
-    total: Tensor  # what is minimised
-    divergence: Tensor  # sum of w * D; 0 without a teacher or with kd_weight 0
-    cross_entropy: Tensor  # sum of w * CE; 0 where CE has no weight
+    What stays the same from batch to batch of slmperf.ops.kd_loss, whose arguments these are; the
+    heads come from `student_head` and `teacher_head`, which run a language model up to its logits.
+    It has no parameters and no state.
 
+        loss = DistillationLoss(ReverseKL(), cross_entropy=0.1, temperature=2.0)
+        student = student_head(model, inputs)
+        teacher = teacher_head(large_model, inputs)
+        loss(student, teacher, labels=next_tokens).loss.backward()
+    """
 
-@dataclass(frozen=True)
-class DistillationLoss:
-    """kd_weight * D(teacher, student) + ce_weight * CE(student, target), weighted and summed."""
-
-    kind: ForwardKL | ReverseKL | JSD = ForwardKL()
-    kd_weight: float = 0.9
-    ce_weight: float = 0.1
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, config: DistillationConfig) -> DistillationLoss:
-        return cls(config.divergence, config.kd_weight, config.ce_weight, config.temperature)
-
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, targets: Tensor, weights: Tensor
-    ) -> LossParts:
-        """Student and teacher logits (T, V), targets (T,) int64, weights (T,) fp32 -> sums over the
-        T tokens.
-        """
-        zero = student.new_zeros((), dtype=torch.float32)
-        kd_weight, ce_weight = (0.0, 1.0) if teacher is None else (self.kd_weight, self.ce_weight)
-        kd = ce = zero
-        if kd_weight:
-            kd = (
-                divergence(student, teacher, kind=self.kind, temperature=self.temperature) @ weights
+    def __init__(
+        self,
+        divergence: Kind = ForwardKL(),  # noqa: B008  (frozen)
+        *,
+        cross_entropy: float = 0.0,
+        temperature: float = 1.0,
+        tau_squared: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        logits: str = "auto",
+        chunk_bytes: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(divergence, Kind):
+            raise InputError(
+                f"DistillationLoss: divergence is {divergence!r}, expected ForwardKL() or another "
+                "divergence of slmperf.ops"
             )
-        if ce_weight:
-            losses = torch.nn.functional.cross_entropy(student.float(), targets, reduction="none")
-            ce = losses @ weights
-        return LossParts(kd_weight * kd + ce_weight * ce, kd.detach(), ce.detach())
+        self.settings: dict[str, Any] = {
+            "divergence": divergence,
+            "cross_entropy": cross_entropy,
+            "temperature": temperature,
+            "tau_squared": tau_squared,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "logits": logits,
+            "chunk_bytes": chunk_bytes,
+            "impl": impl,
+        }
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher enters: not at cross_entropy 1, where it need not be run."""
+        return self.settings["cross_entropy"] < 1.0
+
+    def forward(
+        self,
+        student: StudentHead,
+        teacher: Teacher | None = None,
+        *,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+        rows: Tensor | None = None,
+        capacity: int | None = None,
+        vocabulary: Sequence[int] | Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> KDLoss:
+        """Loss, divergence and cross entropy of one batch; arguments as of slmperf.ops.kd_loss.
+
+        Heads in float64, which no kernel takes, go to its reference.
+        """
+        settings = self.settings
+        if student.hidden.dtype == torch.float64 and settings["impl"] == "auto":
+            settings = {**settings, "impl": "reference"}
+        return kd_loss(
+            student,
+            teacher,
+            labels=labels,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            rows=rows,
+            capacity=capacity,
+            vocabulary=vocabulary,
+            group=group,
+            **settings,
+        )
+
+    def extra_repr(self) -> str:
+        """The divergence, and the settings that are not as they are by themselves."""
+        plain = DistillationLoss().settings
+        changed = [
+            f"{name}={value!r}"
+            for name, value in self.settings.items()
+            if name != "divergence" and value != plain[name]
+        ]
+        return ", ".join([repr(self.settings["divergence"]), *changed])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slmperf.check import InputError
 from slmperf.distill.config import DistillationConfig
+from slmperf.distill.weights import answer_weights
 
 if TYPE_CHECKING:
     from slmperf.data import TrainingSequence
@@ -87,10 +88,7 @@ class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.ids = np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)
         self.answers = np.concatenate([sequence.answer for sequence in sequences]).astype(bool)
-        weights, self.examples = zip(
-            *(_weights(sequence, config) for sequence in sequences), strict=True
-        )
-        self.weights = np.concatenate(weights)
+        self.weights, self.examples = _weights(sequences, config, self.starts[:-1])
         if not self.weights.any():
             raise InputError(
                 "train: no token of any sequence has a weight, wanted at least one answered row"
@@ -171,21 +169,30 @@ class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
         return batch
 
 
-def _weights(sequence: TrainingSequence, config: DistillationConfig) -> tuple[np.ndarray, int]:
-    """Weight (T,) of each token as a target, before sampling, and the number of answered rows."""
-    row, answer = np.asarray(sequence.row), np.asarray(sequence.answer, dtype=bool)
-    if len(row) != len(sequence.input_ids) or len(answer) != len(sequence.input_ids):
-        raise InputError(
-            f"train: the sequence of member {sequence.member} has {len(sequence.input_ids)} ids, "
-            f"{len(row)} rows and {len(answer)} answer marks, wanted equal numbers"
-        )
-    weights = np.zeros(len(row), dtype=np.float64)
-    marked = answer & (row >= 0)
-    answers = np.bincount(row[marked], minlength=int(row.max(initial=-1)) + 1)
-    # A row without an answer is only shown (another sequence labels it): no example, no weight.
-    example = (row >= 0) & (answers[row] > 0)
-    tokens = np.bincount(row[example], minlength=len(answers))
-    weights[example] = config.sequence_weight / tokens[row[example]]
-    weights[marked] += config.answer_weight / answers[row[marked]]
-    weights[:1] = 0  # nothing stands before the first token to predict it from
-    return weights.astype(np.float32), int((answers > 0).sum())
+def _weights(
+    sequences: Sequence[TrainingSequence], config: DistillationConfig, starts: np.ndarray
+) -> tuple[np.ndarray, list[int]]:
+    """Weight of each token of all sequences as a target (T,), before sampling, and the number of
+    answered rows of each sequence.
+    """
+    rows, examples, first = [], [], 0
+    for sequence in sequences:
+        row, answer = np.asarray(sequence.row), np.asarray(sequence.answer, dtype=bool)
+        if len(row) != len(sequence.input_ids) or len(answer) != len(sequence.input_ids):
+            raise InputError(
+                f"train: the sequence of member {sequence.member} has {len(sequence.input_ids)} "
+                f"ids, {len(row)} rows and {len(answer)} answer marks, wanted equal numbers"
+            )
+        # Rows of different sequences get different numbers.
+        rows.append(np.where(row < 0, -1, row.astype(np.int64) + first))
+        first += int(row.max(initial=-1)) + 1
+        examples.append(len(np.unique(row[answer & (row >= 0)])))
+    answers = np.concatenate([sequence.answer for sequence in sequences]).astype(bool)
+    weights = answer_weights(
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(answers),
+        answer_weight=config.answer_weight,
+        sequence_weight=config.sequence_weight,
+    ).numpy()
+    weights[starts] = 0  # nothing stands before a first token to predict it from
+    return weights, examples

@@ -5,7 +5,7 @@ callbacks. Replaced are the batches (slmperf.distill.packing), the loss (slmperf
 a checkpoint is (slmperf.distill.checkpoint), and what is printed (slmperf.distill.progress).
 
 The vocabulary head, most of the work of a small model, runs only at positions whose weight is not
-zero, in fp32.
+zero, in fp32, and its logits never exist all at once (slmperf.ops.kd_loss).
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from transformers.trainer_callback import PrinterCallback
 from slmperf.check import InputError
 from slmperf.distill import checkpoint
 from slmperf.distill.config import DistillationConfig
-from slmperf.distill.loss import DistillationLoss, LossParts
+from slmperf.distill.heads import student_head, teacher_head
+from slmperf.distill.loss import DistillationLoss
 from slmperf.distill.packing import PackedBatches
 from slmperf.distill.progress import Bar, Clock, LogFile
+from slmperf.ops import KDLoss
 
 
 def training_arguments(config: DistillationConfig, folder: Path, steps: int) -> TrainingArguments:
@@ -90,7 +92,6 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.config, self.folder, self.name, self.precision = config, folder, name, precision
-        self.loss = DistillationLoss.of(config)
         self.teacher = teacher
         if teacher is not None:
             teacher.to(self.args.device).eval()
@@ -121,12 +122,14 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """One batch's share of the step's loss: its weighted sum by the examples of the step."""
-        parts = batch_loss(model, self.teacher, inputs, self.loss, self.precision)
-        examples = inputs["examples"] if num_items_in_batch is None else num_items_in_batch
-        self._step_loss += parts.total.detach() / examples
+        loss = batch_loss(
+            model, self.teacher, inputs, self.config, self.precision, num_items_in_batch
+        ).loss
+        self._step_loss += loss.detach()
         self.clock.tokens += int(inputs["tokens"])
         # Gradients are averaged over ranks, and the sum is wanted.
-        return parts.total * (self.accelerator.num_processes / examples)
+        ranks = self.accelerator.num_processes
+        return loss * ranks if ranks > 1 else loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """Not counted: Trainer would walk all parameters at every step."""
@@ -222,38 +225,33 @@ def batch_loss(
     model: torch.nn.Module,
     teacher: torch.nn.Module | None,
     batch: dict[str, Tensor],
-    loss: DistillationLoss,
+    config: DistillationConfig,
     precision: str,
-) -> LossParts:
-    """The weighted sums of one batch of PackedBatches: layers in `precision`, the rest in fp32."""
-    student_logits = _logits(model, batch, precision)
-    teacher_logits = None
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits = _logits(teacher, batch, precision)
-    return loss(student_logits, teacher_logits, batch["targets"], batch["weights"])
-
-
-def _logits(model: torch.nn.Module, batch: dict[str, Tensor], precision: str) -> Tensor:
-    """fp32 logits (n, V) at batch["positions"].
-
-    Only one position a row goes through the model's own head; the hidden states after the last norm
-    are taken instead. The model's forward is called as a whole, so that wrappers around it
-    (DistributedDataParallel) see it.
+    examples: Tensor | None = None,
+) -> KDLoss:
+    """The share of a batch of PackedBatches in the loss of a step with so many examples; None: its
+    own. Layers run in `precision`, head and loss in fp32, and only where a position has a weight.
     """
+    kd_weight, ce_weight = (0.0, 1.0) if teacher is None else (config.kd_weight, config.ce_weight)
+    whole = kd_weight + ce_weight
+    loss = DistillationLoss(
+        config.divergence, cross_entropy=ce_weight / whole, temperature=config.temperature
+    )
     names = ("input_ids", "position_ids", "attention_mask")
-    ids = batch["input_ids"]
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        outputs = model(
-            **{name: batch[name] for name in names if name in batch},
-            use_cache=False,
-            logits_to_keep=1,
-            output_hidden_states=True,
-        )
-    hidden = outputs.hidden_states[-1].flatten(0, 1)[batch["positions"]]
-    head = getattr(model, "module", model).get_output_embeddings()
-    bias = None if head.bias is None else head.bias.float()
-    return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+    inputs = {name: batch[name] for name in names if name in batch}
+    taken: dict[str, Any] = {"positions": batch["positions"], "dtype": torch.float32}
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, precision == "bf16"):
+        student = student_head(model, inputs, **taken)
+        needed = teacher is not None and loss.needs_teacher
+        from_teacher = teacher_head(teacher, inputs, **taken) if needed else None
+    examples = batch["examples"] if examples is None else examples
+    return loss(
+        student,
+        from_teacher,
+        labels=batch["targets"],
+        token_weight=batch["weights"] * whole if whole != 1.0 else batch["weights"],
+        normalizer=examples,
+    )
 
 
 def choose_precision(
@@ -271,13 +269,12 @@ def choose_precision(
     model.to(device).train()
     if teacher is not None:
         teacher.to(device).eval()
-    loss = DistillationLoss.of(config)
     best = {"fp32": float("inf"), "bf16": float("inf")}
     with torch.random.fork_rng():
         for _ in range(3):
             for precision in best:
                 start = time.perf_counter()
-                batch_loss(model, teacher, batch, loss, precision).total.backward()
+                batch_loss(model, teacher, batch, config, precision).loss.backward()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 best[precision] = min(best[precision], time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """Operators: one file per op, and one public function in it.
 
     divergence      per-token divergence between two logits tensors, (T, V) x 2 -> (T,)
+    kd_loss         distillation loss from hidden states and heads, no logits held: (T, D), (V, D)
 
 Every function takes `impl="auto" | "triton" | "cuda" | "cpu" | "reference"` (those that it has);
 `implementations()` says which of them can run on this machine.
@@ -24,14 +25,42 @@ Adding an op, say `gain`
     decides it), and `make kernels-check UPDATE=1`, which records what its kernels compile to.
 """
 
-from slmperf.ops.divergence import JSD, ForwardKL, ReverseKL, divergence, divergence_reference
+from slmperf.ops.divergence import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    divergence,
+    divergence_reference,
+)
+from slmperf.ops.kd_loss import (
+    KDLoss,
+    StudentHead,
+    TeacherHead,
+    TeacherLogits,
+    TeacherTopK,
+    kd_loss,
+    kd_loss_reference,
+)
 from slmperf.ops.routing import implementations
 
 __all__ = [
     "JSD",
     "ForwardKL",
+    "KDLoss",
     "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "StudentHead",
+    "TeacherHead",
+    "TeacherLogits",
+    "TeacherTopK",
+    "TotalVariation",
     "divergence",
     "divergence_reference",
     "implementations",
+    "kd_loss",
+    "kd_loss_reference",
 ]

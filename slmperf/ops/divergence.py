@@ -2,24 +2,33 @@
 
 With p = softmax(teacher / temperature) and q = softmax(student / temperature) along the vocabulary:
 
-    ForwardKL   KL(p || q) = sum_v p (log p - log q)
-    ReverseKL   KL(q || p) = sum_v q (log q - log p)
-    JSD(beta)   beta KL(p || m) + (1 - beta) KL(q || m),    m = beta p + (1 - beta) q
+    ForwardKL             KL(p || q) = sum_v p (log p - log q)
+    ReverseKL             KL(q || p) = sum_v q (log q - log p)
+    JSD(beta)             beta KL(p || m) + (1 - beta) KL(q || m),    m = beta p + (1 - beta) q
+    SkewForwardKL(alpha)  KL(p || m),                                 m = alpha p + (1 - alpha) q
+    SkewReverseKL(alpha)  KL(q || m),                                 the same m
+    TotalVariation        1/2 sum_v |p - q|
 
-The JSD is that of GKD (Agarwal et al., arXiv 2306.13649). It vanishes at both ends of beta, where
-some libraries switch to a KL by special case: here beta lies strictly between 0 and 1, and the
-KLs are kinds of their own. Values are true divergences, zero at p = q; nothing is multiplied by
+The JSD is that of GKD (Agarwal et al., arXiv 2306.13649), the skewed divergences are those of
+DistiLLM (Ko et al., arXiv 2402.03898), whose m of the reverse one is (1 - alpha) q + alpha p. By
+the formula the JSD vanishes at both ends of beta; as everywhere in the field JSD(0) is ForwardKL
+and JSD(1) is ReverseKL, by special case at exactly these numbers, and beta is never clamped.
+JSD(beta, rescale=True) divides the interior by beta (1 - beta), which tends to the two KLs
+(logarithmically slowly). Values are true divergences, zero at p = q; nothing is multiplied by
 temperature squared.
 
 Terms follow 0 log 0 = 0, so entries that both models mask with -inf drop out. ForwardKL is +inf
 where the student gives nothing to what the teacher allows (its gradient q - p stays finite);
-ReverseKL is +inf in the opposite case, and its gradient is then not finite; the JSD always is.
+ReverseKL is +inf in the opposite case, and its gradient is then not finite; the others always are.
 
-Gradients by the student's logits, with l = log q - log p:
+Gradients by the student's logits, with l = log q - log p and m as above (beta for alpha):
 
-    ForwardKL   (q - p) / temperature
-    ReverseKL   q (l - KL(q || p)) / temperature
-    JSD(beta)   (1 - beta) q (log(q / m) - KL(q || m)) / temperature
+    ForwardKL       (q - p) / temperature
+    ReverseKL       q (l - KL(q || p)) / temperature
+    JSD             (1 - beta) q (log(q / m) - KL(q || m)) / temperature
+    SkewForwardKL   -(1 - alpha) q (r - sum q r) / temperature,   r = p / m
+    SkewReverseKL   q (g - sum q g) / temperature,    g = log(q / m) - (1 - alpha) q / m
+    TotalVariation  1/2 q (s - sum q s) / temperature,    s = sign(q - p)
 
 Inputs are float32, bfloat16 or float16 (float64 in the reference); all maths is float32 or wider
 and the result is float32 (float64 for float64).
@@ -50,41 +59,78 @@ class ReverseKL:
 
 @dataclass(frozen=True)
 class JSD:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), m the mixture with the same weights."""
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m the mixture with the same weights.
+
+    beta     0 to 1; exactly 0 is ForwardKL(), exactly 1 ReverseKL()
+    rescale  divide by beta (1 - beta), so that the strength of the gradient does not fall to 0
+             towards the ends; nothing at the ends themselves
+    """
 
     beta: float = 0.5
+    rescale: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta < 1.0:
-            raise InputError(
-                f"JSD: beta is {self.beta}, expected 0 < beta < 1 (the value is 0 at both ends; "
-                "for the KL that others mean by beta=0 take ForwardKL(), by beta=1 ReverseKL())"
-            )
-        if min(self.beta, 1.0 - self.beta) < 0.01:
+        if not 0.0 <= self.beta <= 1.0:
+            raise InputError(f"JSD: beta is {self.beta}, expected 0 <= beta <= 1")
+        if 0.0 < min(self.beta, 1.0 - self.beta) < 0.01 and not self.rescale:
             warnings.warn(
                 f"JSD: beta is {self.beta}; near an end value and gradient shrink towards 0",
                 stacklevel=3,
             )
 
 
-Kind = ForwardKL | ReverseKL | JSD
+@dataclass(frozen=True)
+class SkewForwardKL:
+    """KL(teacher || alpha teacher + (1 - alpha) student); alpha 0 is ForwardKL()."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_alpha(self)
+
+
+@dataclass(frozen=True)
+class SkewReverseKL:
+    """KL(student || (1 - alpha) student + alpha teacher); alpha 0 is ReverseKL()."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_alpha(self)
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """Half the sum of absolute differences of the probabilities, 0 to 1."""
+
+
+def _check_alpha(kind: SkewForwardKL | SkewReverseKL) -> None:
+    if not 0.0 <= kind.alpha < 1.0:
+        name = type(kind).__name__
+        raise InputError(f"{name}: alpha is {kind.alpha}, expected 0 <= alpha < 1")
+
+
+Kind = ForwardKL | ReverseKL | JSD | SkewForwardKL | SkewReverseKL | TotalVariation
+KINDS = (ForwardKL, ReverseKL, JSD, SkewForwardKL, SkewReverseKL, TotalVariation)
 _FORWARD_KL = ForwardKL()
 
 SCHEMA = (
-    "(Tensor student, Tensor teacher, str kind, float beta, float temperature)"
+    "(Tensor student, Tensor teacher, str kind, float weight, float temperature)"
     " -> (Tensor value, Tensor statistics)"
 )
 SCHEMA_BACKWARD = (
-    "(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, str kind, float beta,"
+    "(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, str kind, float weight,"
     " float temperature) -> Tensor"
 )
 # Kept per row by the forward, so that the backward is one pass. With x the logits less the row's
 # largest: [0] the student's largest logit, [1] log sum exp(x / temperature) of the student,
 # [2] the teacher's largest logit, [3] the student's log-sum less the teacher's, [4] what centres
-# the gradient. For ReverseKL that is the mean under q of x_student - x_teacher, in which the
-# log-sums cancel; for the JSD KL(q || m); for ForwardKL 0. [5] is what rounding took from [4]:
-# where the models are apart, the gradient is a small difference from it.
-STATISTICS = 6
+# the gradient. For ForwardKL that is 0; for ReverseKL the mean under q of x_student - x_teacher, in
+# which the log-sums cancel; for the JSD KL(q || m); for the others the mean under q of p / m - 1,
+# of log(q / m) - (1 - alpha) (q / m - 1), of the sign. [5] is what rounding took from [4]: where
+# the models are apart, the gradient is a small difference from it. [6] is log sum exp(x) of the
+# student, for a cross entropy beside the divergence (kd_loss), else 0.
+STATISTICS = 7
 
 
 def divergence_reference(
@@ -97,17 +143,29 @@ def divergence_reference(
     wide = torch.promote_types(student.dtype, torch.float32)
     log_q = torch.log_softmax(student.to(wide) / temperature, dim=-1)
     log_p = torch.log_softmax(teacher.detach().to(wide) / temperature, dim=-1)
+    return divergence_of(log_p, log_q, kind)
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor, kind: Kind) -> Tensor:
+    """The formulas above on log-probabilities (T, V), those of the teacher first -> (T,)."""
     p, q = log_p.exp(), log_q.exp()
-    if isinstance(kind, ForwardKL):
+    code, weight = code_of(kind)
+    if code == "forward_kl":
         return _mean_under(p, log_p - log_q)
-    if isinstance(kind, ReverseKL):
+    if code == "reverse_kl":
         return _mean_under(q, log_q - log_p)
+    if code == "total_variation":
+        return 0.5 * (p - q).abs().sum(dim=-1)
     # Where both are -inf, the mixture's gradient would be NaN; the term is 0 whatever stands there.
     nowhere = log_p.isneginf() & log_q.isneginf()
     log_p, log_q = log_p.masked_fill(nowhere, 0.0), log_q.masked_fill(nowhere, 0.0)
-    beta = kind.beta
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _mean_under(p, log_p - log_m) + (1 - beta) * _mean_under(q, log_q - log_m)
+    log_m = torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+    if code == "skew_forward_kl":
+        return _mean_under(p, log_p - log_m)
+    if code == "skew_reverse_kl":
+        return _mean_under(q, log_q - log_m)
+    jsd = weight * _mean_under(p, log_p - log_m) + (1 - weight) * _mean_under(q, log_q - log_m)
+    return jsd * rescale_of(kind)
 
 
 def _mean_under(weight: Tensor, value: Tensor) -> Tensor:
@@ -124,18 +182,35 @@ ROUTES = routes(
 )
 
 
-def operator_arguments(kind: Kind, temperature: float) -> tuple[str, float, float]:
-    """What the operators take after the tensors: kind, beta (0 where none), temperature."""
-    if isinstance(kind, JSD):
-        return "jsd", kind.beta, temperature
-    if isinstance(kind, ForwardKL):
-        return "forward_kl", 0.0, temperature
-    if isinstance(kind, ReverseKL):
-        return "reverse_kl", 0.0, temperature
-    raise InputError(f"divergence: kind is {kind!r}, expected ForwardKL, ReverseKL or JSD(beta)")
+def code_of(kind: Kind) -> tuple[str, float]:
+    """What the kernels call a kind, and the teacher's weight in its mixture (0 where none).
+
+    JSD(0), JSD(1) and a skew of 0 are the KLs that they stand for.
+    """
+    if isinstance(kind, JSD) and 0.0 < kind.beta < 1.0:
+        return "jsd", kind.beta
+    if isinstance(kind, SkewForwardKL) and kind.alpha:
+        return "skew_forward_kl", kind.alpha
+    if isinstance(kind, SkewReverseKL) and kind.alpha:
+        return "skew_reverse_kl", kind.alpha
+    if isinstance(kind, TotalVariation):
+        return "total_variation", 0.0
+    if isinstance(kind, ForwardKL | SkewForwardKL) or (isinstance(kind, JSD) and kind.beta == 0.0):
+        return "forward_kl", 0.0
+    if isinstance(kind, ReverseKL | SkewReverseKL | JSD):
+        return "reverse_kl", 0.0
+    names = ", ".join(known.__name__ for known in KINDS)
+    raise InputError(f"divergence: kind is {kind!r}, expected one of {names}")
 
 
-def _fake(student, teacher, kind, beta, temperature):
+def rescale_of(kind: Kind) -> float:
+    """What value and gradient of a kind are multiplied by: 1 but for JSD(beta, rescale=True)."""
+    if isinstance(kind, JSD) and kind.rescale and 0.0 < kind.beta < 1.0:
+        return 1.0 / (kind.beta * (1.0 - kind.beta))
+    return 1.0
+
+
+def _fake(student, teacher, kind, weight, temperature):
     rows = student.shape[0]
     return (
         student.new_empty(rows, dtype=torch.float32),
@@ -143,7 +218,7 @@ def _fake(student, teacher, kind, beta, temperature):
     )
 
 
-def _fake_backward(grad, student, teacher, statistics, kind, beta, temperature):
+def _fake_backward(grad, student, teacher, statistics, kind, weight, temperature):
     return student.new_empty(student.shape)
 
 
@@ -180,19 +255,19 @@ _register("triton")
 
 
 @torch.library.impl("slmperf::divergence.triton", ("cpu", "cuda"))
-def _triton(student, teacher, kind, beta, temperature):
+def _triton(student, teacher, kind, weight, temperature):
     require_interpreter("divergence", student)
     from slmperf.triton_kernels.divergence import divergence_forward
 
-    return divergence_forward(student, teacher, kind, beta, temperature)
+    return divergence_forward(student, teacher, kind, weight, temperature)
 
 
 @torch.library.impl("slmperf::divergence_backward.triton", ("cpu", "cuda"))
-def _triton_backward(grad, student, teacher, statistics, kind, beta, temperature):
+def _triton_backward(grad, student, teacher, statistics, kind, weight, temperature):
     require_interpreter("divergence", student)
     from slmperf.triton_kernels.divergence import divergence_backward
 
-    return divergence_backward(grad, student, teacher, statistics, kind, beta, temperature)
+    return divergence_backward(grad, student, teacher, statistics, kind, weight, temperature)
 
 
 def divergence(
@@ -207,7 +282,7 @@ def divergence(
 
     student      (T, V) logits, float32, bfloat16 or float16; any row stride; receives a gradient
     teacher      (T, V) logits, same dtype and device; receives none
-    kind         ForwardKL(), ReverseKL() or JSD(beta)
+    kind         one of the dataclasses above
     temperature  > 0, divides both; the value is not multiplied by its square
     impl         "auto" (ROUTES: CUDA -> triton, CPU -> cpu), "triton", "cpu" or "reference"
 
@@ -226,9 +301,11 @@ def divergence(
             f"divergence: teacher is {teacher.dtype} on {teacher.device}, expected the student's "
             f"{student.dtype} on {student.device}"
         )
-    arguments = operator_arguments(kind, temperature)
+    code, weight = code_of(kind)
     chosen = ROUTES.choose(impl, student)
     if chosen == "reference":
         return divergence_reference(student, teacher, kind=kind, temperature=temperature)
     op = getattr(torch.ops.slmperf.divergence, chosen)
-    return op(student, teacher.detach(), *arguments)[0]
+    value = op(student, teacher.detach(), code, weight, temperature)[0]
+    scale = rescale_of(kind)
+    return value if scale == 1.0 else value * scale

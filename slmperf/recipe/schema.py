@@ -114,8 +114,16 @@ class Training(_Strict):
     batch_tokens: Count | None = None
     accumulation: Count | None = None
     precision: Literal["auto", "fp32", "bf16"] | None = None
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of jsd
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jsd",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+    ] = "forward_kl"
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of jsd; 0 is forward_kl, 1 is reverse_kl
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the skewed ones; 0 is without a skew
     temperature: Annotated[float, Field(gt=0)] | None = None
     kd_weight: Annotated[float, Field(ge=0)] | None = None
     ce_weight: Annotated[float, Field(ge=0)] | None = None
@@ -129,6 +137,19 @@ class Training(_Strict):
         if (self.steps is None) == (self.epochs is None):
             found = "both" if self.steps else "neither"
             raise ValueError(f"expected one of `steps` and `epochs`, found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _divergence(self) -> Training:
+        for key, kinds in (
+            ("beta", ("jsd",)),
+            ("alpha", ("skew_forward_kl", "skew_reverse_kl")),
+        ):
+            if key in self.model_fields_set and self.divergence not in kinds:
+                raise ValueError(
+                    f"{key} is given, expected divergence {' or '.join(kinds)} beside it, found "
+                    f"{self.divergence}"
+                )
         return self
 
 

@@ -6,6 +6,7 @@ Nothing is written here but the checkpoints of a training (slmperf.distill), int
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,15 @@ import torch
 from slmperf import models
 from slmperf.check import InputError
 from slmperf.distill import DistillationConfig, train
-from slmperf.ops import JSD, ForwardKL, ReverseKL
+from slmperf.ops import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from slmperf.ops.divergence import Kind
 from slmperf.prune import prune_model
 from slmperf.quant import Int8, quantize_model
 from slmperf.recipe.material import DRAW, Material
@@ -132,14 +141,17 @@ def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrai
 
 def training_config(training: Training, context: int, seed: int) -> DistillationConfig:
     """The recipe's words -> the settings of slmperf.distill; InputError for a value it refuses."""
-    kinds: dict[str, ForwardKL | ReverseKL | JSD] = {
-        "forward_kl": ForwardKL(),
-        "reverse_kl": ReverseKL(),
-        "jsd": JSD(training.beta),
+    makes: dict[str, Callable[[], Kind]] = {
+        "forward_kl": ForwardKL,
+        "reverse_kl": ReverseKL,
+        "jsd": partial(JSD, training.beta),
+        "skew_forward_kl": partial(SkewForwardKL, training.alpha),
+        "skew_reverse_kl": partial(SkewReverseKL, training.alpha),
+        "total_variation": TotalVariation,
     }
-    given = training.model_dump(exclude_none=True, exclude={"divergence", "beta"})
+    given = training.model_dump(exclude_none=True, exclude={"divergence", "beta", "alpha"})
     return DistillationConfig(
-        **given, divergence=kinds[training.divergence], context=context, seed=seed
+        **given, divergence=makes[training.divergence](), context=context, seed=seed
     )
 
 

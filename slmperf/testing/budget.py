@@ -21,13 +21,18 @@ def limit(twin_error: float, top: float, out_dtype: torch.dtype, n: int) -> floa
     out = torch.finfo(out_dtype)
     # Nothing is finer than the output's smallest number, which in fp16 is as coarse as 6e-8.
     rounding = max(out.eps * top, out.smallest_normal * out.eps)
+    # Nor does fp32 know what is left where terms of order 1 cancel to less than this.
+    rounding = max(rounding, EPS_FP32**2)
     return 2 * (twin_error + rounding + math.sqrt(n) * EPS_FP32 * top)
 
 
-def check_error(what: str, kernel: Tensor, twin: Tensor, gold: Tensor, n: int) -> None:
+def check_error(
+    what: str, kernel: Tensor, twin: Tensor, gold: Tensor, n: int, least_twin_error: float = 0.0
+) -> None:
     """Hold a kernel's result against the budget; AssertionError with every number otherwise.
 
-    Infinities and NaN must stand exactly where the gold has them.
+    Infinities and NaN must stand exactly where the gold has them. `least_twin_error` counts where
+    the twin's is smaller: a result of one number is right by luck more often than many are.
     """
     assert kernel.dtype == twin.dtype, f"{what}: dtype {kernel.dtype}, twin {twin.dtype}"
     assert kernel.shape == gold.shape, f"{what}: shape {kernel.shape}, gold {gold.shape}"
@@ -44,6 +49,7 @@ def check_error(what: str, kernel: Tensor, twin: Tensor, gold: Tensor, n: int) -
     truth = gold[finite].double()
     error = (kernel[finite].double() - truth).abs().max().item()
     twin_error = (twin[finite].double() - truth).abs().max().item()
+    twin_error = max(twin_error, least_twin_error)
     top = truth.abs().max().item()
     allowed = limit(twin_error, top, kernel.dtype, n)
     numbers = f"twin {twin_error:.3g}, top {top:.3g}, n {n}, {kernel.dtype}"

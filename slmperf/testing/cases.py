@@ -1,4 +1,4 @@
-"""What an op is run on. A case is one call, complete: tensors, settings, what it costs.
+"""What an op is run on: one family of cases per op, in `FAMILIES`.
 
 Adding an op: a subclass of `Case`, and one line in `FAMILIES`. The axes of a family are crossed
 for the full battery and for the GPU, sampled pairwise for every day, and cut to small shapes for
@@ -7,84 +7,26 @@ the interpreter.
 
 from __future__ import annotations
 
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from slmperf.ops import JSD, ForwardKL, ReverseKL, divergence, divergence_reference
-from slmperf.ops.divergence import Kind, operator_arguments
-from slmperf.testing.pairwise import Axes, cross, pairwise
-
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@dataclass(frozen=True)
-class Case(ABC):
-    """One call of one op. Subclasses add their parameters as fields; the name comes from them."""
-
-    op: ClassVar[str]
-    differentiable: ClassVar[tuple[str, ...]]  # the tensors that receive a gradient
-    row_axis: ClassVar[dict[str, int]]  # tensor name -> the dimension that counts rows
-
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        parts = (getattr(self, field.name) for field in fields(self))
-        return "-".join(str(part).removeprefix("torch.").replace(" ", "") for part in parts)
-
-    def generator(self, device: str = "cpu") -> torch.Generator:
-        """Random numbers of the device, which depend on the case alone."""
-        return torch.Generator(device).manual_seed(zlib.crc32(str(self).encode()))
-
-    @abstractmethod
-    def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
-        """The inputs, contiguous, the same on every call."""
-
-    @abstractmethod
-    def run(self, tensors: dict[str, Tensor], impl: str) -> Tensor:
-        """The public function."""
-
-    @abstractmethod
-    def reference(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The reference, in the dtype of the tensors."""
-
-    @abstractmethod
-    def operator(self, tensors: dict[str, Tensor], impl: str) -> tuple[Callable, tuple]:
-        """The registered operator behind `impl` and its arguments, for opcheck."""
-
-    def rivals(self) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-        """Other plain-torch ways to the same result, for the bench: name -> function of tensors."""
-        return {}
-
-    @property
-    @abstractmethod
-    def reduction(self) -> int:
-        """Number of terms in the longest sum, for the error budget."""
-
-    @property
-    @abstractmethod
-    def bytes(self) -> int:
-        """Least traffic of forward and backward: each reads its inputs once and writes once."""
-
-    @property
-    def flops(self) -> int:
-        """Operations of the matrix products, forward and backward; 0 where there are none."""
-        return 0
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """What a bench line prints."""
-
-    @property
-    @abstractmethod
-    def setting(self) -> str:
-        """What else a bench line prints: the settings that change the work."""
+from slmperf.ops import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    divergence,
+    divergence_reference,
+)
+from slmperf.ops.divergence import Kind, code_of
+from slmperf.testing import kd_cases
+from slmperf.testing.case import BF16, FP16, FP32, Case, Family
 
 
 def random_logits(
@@ -132,12 +74,25 @@ def random_logits(
     return student, teacher
 
 
+def _without_ties(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """A student whose probabilities are nowhere its teacher's but for rounding.
+
+    There the sign of q - p, on which the gradient of the total variation depends, says nothing.
+    """
+    student = student.clone()
+    for _ in range(4):  # what one row loses shifts its other probabilities a little
+        both = (x.double() / temperature for x in (student, teacher))
+        log_q, log_p = (torch.log_softmax(x, dim=1) for x in both)
+        near = ((log_q - log_p).abs() < 1e-5) & (log_q.exp() < 1.0)
+        student = torch.where(near, student - student.abs() / 16 - 1, student)
+    return student
+
+
 @dataclass(frozen=True)
 class DivergenceCase(Case):
     """divergence on (T, V) logits."""
 
     op: ClassVar[str] = "divergence"
-    differentiable: ClassVar[tuple[str, ...]] = ("student",)
     row_axis: ClassVar[dict[str, int]] = {"student": 0, "teacher": 0}
 
     rows: int
@@ -156,10 +111,18 @@ class DivergenceCase(Case):
         """The kind."""
         return str(self.kind)
 
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The student's logits."""
+        return ("student",)
+
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
         """Student and teacher logits."""
-        student, teacher = random_logits(self.maker, self.shape, self.generator(device))
-        return {"student": student.to(self.dtype), "teacher": teacher.to(self.dtype)}
+        logits = random_logits(self.maker, self.shape, self.generator(device))
+        student, teacher = (x.to(self.dtype) for x in logits)
+        if self.kind == TotalVariation():
+            student = _without_ties(student, teacher, self.temperature)
+        return {"student": student, "teacher": teacher}
 
     def run(self, tensors: dict[str, Tensor], impl: str) -> Tensor:
         """slmperf.ops.divergence."""
@@ -171,13 +134,12 @@ class DivergenceCase(Case):
 
     def operator(self, tensors: dict[str, Tensor], impl: str) -> tuple[Callable, tuple]:
         """torch.ops.slmperf.divergence.<impl>."""
-        arguments = operator_arguments(self.kind, self.temperature)
         op = getattr(torch.ops.slmperf.divergence, impl)
-        return op, (tensors["student"], tensors["teacher"], *arguments)
+        return op, (tensors["student"], tensors["teacher"], *code_of(self.kind), self.temperature)
 
     def rivals(self) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
         """torch's own kl_div, which has fewer passes than the reference."""
-        if isinstance(self.kind, JSD):
+        if self.kind not in (ForwardKL(), ReverseKL()):
             return {}
         names = ("student", "teacher") if self.kind == ForwardKL() else ("teacher", "student")
 
@@ -200,29 +162,6 @@ class DivergenceCase(Case):
         return 5 * self.rows * self.vocabulary * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Family:
-    """All cases of an op: how one is made, and the values that its parameters take where."""
-
-    make: Callable[..., Case]
-    axes: Axes  # native kernels and GPUs
-    small: Axes  # in place of the same names, for the interpreter: under 100 tiles a case
-    checked: tuple[Case, ...]  # what the battery's other checks run on, interpreted or not
-    compiled: tuple[Case, ...]  # what offline compilation launches: every config and specialisation
-    bench: Mapping[str, tuple[Case, ...]]  # device type -> what the bench times there
-
-    def every(self, small: bool = False) -> list[Case]:
-        """The full cross."""
-        return [self.make(**row) for row in cross(self._axes(small))]
-
-    def sample(self, seed: int, small: bool = False) -> list[Case]:
-        """A few cases in which any two values of two parameters meet."""
-        return [self.make(**row) for row in pairwise(self._axes(small), seed)]
-
-    def _axes(self, small: bool) -> Axes:
-        return {**self.axes, **self.small} if small else self.axes
-
-
 def _divergence(
     shape: tuple[int, int], dtype: torch.dtype, kind: Kind, temperature: float, maker: str
 ) -> DivergenceCase:
@@ -243,7 +182,15 @@ FAMILIES = {
             # one entry, less than a vector, one vector and one block exactly, odd, several blocks;
             # rows enough that the twin's largest error is no matter of luck
             "shape": ((1, 1), (29, 5), (16, 16), (24, 1024), (24, 1025), (19, 777), (33, 3001)),
-            "kind": (ForwardKL(), ReverseKL(), JSD(0.5), JSD(0.05)),
+            "kind": (
+                ForwardKL(),
+                ReverseKL(),
+                JSD(0.5),
+                JSD(0.05),
+                SkewForwardKL(0.1),
+                SkewReverseKL(0.3),
+                TotalVariation(),
+            ),
             "temperature": (1.0, 0.35, 4.0),
             "maker": ("apart", "close", "offset", "rising", "peaked", "alike", "masked"),
         },
@@ -255,13 +202,21 @@ FAMILIES = {
             _divergence((3, 131), BF16, ForwardKL(), 0.7, "masked"),
             _divergence((3, 131), FP16, ReverseKL(), 1.0, "apart"),
             _divergence((3, 131), FP32, JSD(0.3), 2.0, "rising"),
+            _divergence((3, 131), FP32, SkewReverseKL(0.2), 0.7, "masked"),
         ),
         compiled=tuple(
             _divergence((3, vocabulary), dtype, kind, 1.0, "apart")
             # rows that start on 16 bytes, and rows that do not
             for dtype, vocabularies in ((FP32, EVEN_ODD), (BF16, EVEN_ODD), (FP16, EVEN_ODD[1:]))
             for vocabulary in vocabularies
-            for kind in (ForwardKL(), ReverseKL(), JSD(0.5))
+            for kind in (
+                ForwardKL(),
+                ReverseKL(),
+                JSD(0.5),
+                SkewForwardKL(),
+                SkewReverseKL(),
+                TotalVariation(),
+            )
         ),
         bench={
             "cuda": (
@@ -281,4 +236,5 @@ FAMILIES = {
             ),
         },
     ),
+    "kd_loss": kd_cases.FAMILY,
 }

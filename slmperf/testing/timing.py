@@ -216,7 +216,8 @@ def forward_backward(
     def call() -> None:
         result = run(given)
         if not upstream:
-            upstream.append(torch.rand_like(result))
+            # One number is a loss: training hands it 1.
+            upstream.append(torch.rand_like(result) if result.dim() else torch.ones_like(result))
         torch.autograd.grad(result, leaves, upstream)
 
     return call

@@ -52,6 +52,11 @@ class Formula:
             raise InputError("Formula: has neither a divergence nor a ce_weight, expected one")
         if not self.temperature > 0:
             raise InputError(f"Formula: temperature is {self.temperature}, expected more than 0")
+        if not isinstance(self.divergence, Kind | None):
+            raise InputError(
+                f"Formula: divergence is {self.divergence!r}, expected ForwardKL(), ReverseKL() or "
+                "JSD(beta), the terms that an audit knows"
+            )
         if isinstance(self.reduction, str) and self.reduction not in ("mean", "batchmean", "sum"):
             raise InputError(
                 f"Formula: reduction is {self.reduction!r}, expected mean, batchmean, sum or a "
@@ -63,8 +68,9 @@ class Formula:
         """The loss of slmperf.distill, whose token weights come with the batch."""
         if not teacher:
             return cls(ce_weight=1.0, reduction=examples)
+        kind: Any = config.divergence if config.kd_weight else None
         return cls(
-            config.divergence if config.kd_weight else None,
+            kind,
             config.kd_weight,
             config.ce_weight,
             config.temperature,

@@ -166,11 +166,15 @@ def _declared(
     if isinstance(trainer, DistillationTrainer):
         examples = float(inputs["examples"]) if items is None else items
         own = Formula.of(trainer.config, examples, trainer.teacher is not None)
-        positions = inputs["input_ids"].numel()
+        positions, counted = inputs["input_ids"].numel(), inputs["positions"]
+        labels = inputs["targets"].new_full((positions,), IGNORED)
         return Declared(
             formula or own,
-            labels=inputs["targets"],
-            weights=inputs["weights"],
+            labels=labels.index_copy(0, counted, inputs["targets"]),
+            weights=inputs["weights"]
+            .new_zeros(positions)
+            .index_copy(0, counted, inputs["weights"]),
+            teacher=trainer.teacher,
             padding=(positions - int(inputs["tokens"]), positions),
         )
     teacher = next(

@@ -1,0 +1,247 @@
+"""Which sections the benches of a GPU check have; gpu_sections.py runs them.
+
+A plan is a function of the device: section name -> function of a part and its facts that gives
+rows. A section's name begins those of its rows, so that a target that names a row finds it.
+"""
+
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+from gpu_check import last_changed  # noqa: E402
+
+# What is timed. On a CPU the same code at sizes that two cores finish.
+PRUNED = ("3b", "2.4b", "2.1b")
+# (shapes that are measured in turns, context, tensor parallel, scheme; None: the device's own).
+LAYERS = {
+    "cuda": (
+        (("2.4b", "2.1b"), 32768, 4, "fp8"),  # the paper's own case
+        *((PRUNED, context, 1, scheme) for context in (4096, 16384, 32768)
+          for scheme in ("fp8", "bf16")),
+    ),
+    "cpu": ((("2.4b", "2.1b"), 256, 1, None),),
+}  # fmt: skip
+# (shape, layers, context, candidates): latencies of the engine with random weights.
+ENGINES = {
+    "cuda": (("3b", 28, 4096, 16), ("2.1b", 28, 4096, 16), ("2.1b", 28, 16384, 16)),
+    "cpu": (("2.1b", 2, 256, 4),),
+}
+# Hidden sizes of student and teacher, and vocabulary: those of Llama 3, and of the families that
+# small models are distilled in; how many tokens; what ranking does, an answer token per prompt.
+KD_HEADS = {
+    "cuda": (
+        (4096, 4096, 128256), (2048, 4096, 128256), (896, 3584, 152064), (1152, 3840, 262144),
+    ),
+    "cpu": ((16, 24, 512),),
+}  # fmt: skip
+KD_TOKENS = {"cuda": (1024, 2048, 4096, 8192), "cpu": (32, 64)}
+KD_RANKING = {"cuda": (32 * 2048, 32), "cpu": (256, 4)}
+
+
+class Failed(Exception):
+    """A section that ran to its end and found something wrong; the text is what it found."""
+
+
+def roof_section(part, facts):
+    """The roof, in its own section, so that its time is known."""
+    part.roof()
+
+
+def ops_plan(device):
+    """A section per case of every op, the op first whose sources changed last."""
+    from slmperf.bench.ops import as_json, measure_case, variants
+    from slmperf.testing.cases import FAMILIES
+
+    def files(op):
+        places = ("slmperf/ops", "triton_kernels", "csrc/cpu", "csrc/cuda", "csrc/cuda/kernels")
+        found = [path for folder in places for path in (ROOT / folder).glob(f"{op}*")]
+        return [str(path.relative_to(ROOT)) for path in found]
+
+    plan = {}
+    for op in sorted(FAMILIES, key=lambda op: -last_changed(files(op))):
+        for case in FAMILIES[op].bench[device]:
+
+            def work(part, facts, case=case):
+                ways = variants(case, device)
+                found = measure_case(case, device, part.roof(), part.seconds, ways)
+                yield from as_json(found.rows)
+                facts["refused"] = found.refused
+                ours = [f"{case.op} {case} {name}" for name, way in ways.items()
+                        if way.role == "ours"]  # fmt: skip
+                if lines := [
+                    f"{key}: {found.refused[key]}" for key in ours if key in found.refused
+                ]:
+                    raise Failed("\n".join(lines))
+
+            plan[f"{case.op} {case}"] = work
+    return plan
+
+
+def layer_plan(device):
+    """One Transformer block of pruned shapes, part by part, and what each saves on the one before.
+
+    A section is named as its row of savings is.
+    """
+    from slmperf.bench.layer import measure_layers
+
+    def title(shapes, context, ranks, scheme):
+        return (
+            f"{' -> '.join(map(str, shapes))}, {context} tokens, tp{ranks}, {scheme or 'default'}"
+        )
+
+    def work(part, facts, shapes, context, ranks, scheme):
+        found = measure_layers(
+            shapes, context, tensor_parallel=ranks, scheme=scheme, device=device,
+            roof=part.roof(), seconds=part.seconds,
+        )  # fmt: skip
+        for layer in found:
+            yield from layer.rows()
+        for before, after in pairwise(found):
+            yield {
+                "name": title((before.shape, after.shape), context, ranks, scheme),
+                "part": "saving",
+                "time_us": after.layer_us,
+                "low_us": after.block.low_us + after.allreduce.time_us,
+                "high_us": after.block.high_us + after.allreduce.time_us,
+                "samples": after.block.samples,
+                "layer_change_pct": 100 * (after.layer_us / before.layer_us - 1),
+                "attention_block_change_pct": 100
+                * (after.attention_block_us / before.attention_block_us - 1),
+            }
+
+    return {
+        title(*one): lambda part, facts, one=one: work(part, facts, *one) for one in LAYERS[device]
+    }
+
+
+def timed(name, samples_ms, least_us):
+    """A row of wall times, beside what the roof allows."""
+    low, median, high = (float(x) for x in np.quantile(samples_ms, (0.25, 0.5, 0.75)) * 1e3)
+    return {"name": name, "time_us": median, "low_us": low, "high_us": high,
+            "samples": len(samples_ms), "roof_share": least_us / median}  # fmt: skip
+
+
+def engine_plan(device):
+    """Prefill and ranking latencies of the engine, random weights."""
+
+    def work(part, facts, name, layers, context, candidates):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from slmperf.bench.serving.engine import ideal_us, prefill_work
+        from slmperf.engine import Engine, prefill_latency, rank_latency
+        from slmperf.models.shapes import shape_of
+        from slmperf.plan.work import Work
+
+        shape = replace(shape_of(name), layers=layers)
+        config = LlamaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=layers,
+            intermediate_size=shape.intermediate, num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads, head_dim=shape.head_size,
+            max_position_embeddings=32768, tie_word_embeddings=shape.tied,
+        )  # fmt: skip
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        scheme = "bf16" if device == "cuda" else "fp32"
+        with ExitStack() as scope:
+            scope.enter_context(torch.device(device))
+            scope.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(dtype)
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+        engine = Engine(model, (0, 1))
+        common = {"shape": str(shape), "layers": layers, "context": context}
+        head = f"engine {shape} {layers} layers, {context} tokens"
+        prefills = [prefill_latency(engine, context, repeats=1, warmup=warmup).median_ms
+                    for warmup in (2, *[0] * 8)]  # fmt: skip
+        least = ideal_us(prefill_work(shape, scheme, context), scheme, part.roof())
+        yield common | timed(f"{head}, prefill", prefills, least)
+        ranks = [rank_latency(engine, context, candidates=candidates, repeats=1, warmup=warmup)
+                 for warmup in (1, *[0] * 4)]  # fmt: skip
+        prefix, each = ranks[0].prefix, ranks[0].candidate_tokens
+        works = {
+            "uncached": dict(new=candidates * context, pairs=candidates * context**2 / 2, cached=0),
+            "cached": dict(new=candidates * each, cached=prefix,
+                           pairs=candidates * (each * prefix + each**2 / 2)),
+        }  # fmt: skip
+        for way, work in works.items():
+            found = [getattr(one, f"{way}_ms") for one in ranks]
+            least = ideal_us(Work.of(shape, 1, scheme, **work), scheme, part.roof())
+            yield common | timed(f"{head}, rank {candidates} {way}", found, least)
+
+    return {
+        f"engine {name} {layers} layers, {context} tokens": lambda part, facts, one=one: work(
+            part, facts, *one
+        )
+        for one in ENGINES[device]
+        for name, layers, context, _ in [one]
+    }
+
+
+def kd_plan(device):
+    """Distillation losses: a section per pair of heads, and the quickstart's step."""
+    from slmperf.bench.kd.measure import measure, measure_step
+    from slmperf.bench.kd.problems import Problem, Step
+    from slmperf.bench.kd.studies import LOGITS
+    from slmperf.bench.kd.ways import OURS
+
+    modes = LOGITS[device]
+
+    def work(part, facts, heads):
+        student, teacher, vocabulary = heads
+        facts["refused"], rows = {}, []
+        sizes = [(tokens, None) for tokens in KD_TOKENS[device]] + [KD_RANKING[device]]
+        for tokens, answers in sizes:
+            problem = Problem(tokens, vocabulary, student, teacher, "bf16", device, answers=answers)
+            found = measure({problem: modes}, part.seconds / 2)
+            facts["refused"] |= found.refused
+            rows += found.rows
+            yield from found.rows
+        if lines := [f"{row}: {why}" for row, why in facts["refused"].items()
+                     if row.endswith(tuple(map(OURS.format, modes)))]:  # fmt: skip
+            raise Failed("\n".join(lines))
+        yield worst_of(
+            [row for row in rows if row["answers"] is None], f"{problem.heads}, worst of all tokens"
+        )
+
+    def step(part, facts):
+        yield from measure_step(Step(device=device), part.seconds)
+
+    plan = {}
+    for heads in KD_HEADS[device]:
+        name = Problem(1, heads[2], heads[0], heads[1], "bf16", device).heads
+        plan[name] = lambda part, facts, heads=heads: work(part, facts, heads)
+    return plan | {str(Step(device=device)): step}
+
+
+def worst_of(rows, name):
+    """The figures that hold at every number of tokens, as one row; its time is that of the last of
+    ours at the most tokens. A figure that one of the rows lacks is left out.
+    """
+    ours = [row for row in rows if row["role"] == "ours"]
+    default = ours[-1]  # the mode that a caller gets who asks for none
+    found = {key: default[key] for key in ("time_us", "low_us", "high_us", "samples")}
+
+    def settle(key, kind, of, as_key=None):
+        values = [row.get(key) for row in of]
+        if None not in values:
+            found[as_key or key] = kind(values)
+
+    for way in dict.fromkeys(row["way"] for row in ours):
+        mode = way.split()[1]
+        settle("times_products", max, [row for row in ours if row["way"] == way],
+               f"times_products_{mode}")  # fmt: skip
+    of_default = [row for row in ours if row["way"] == default["way"]]
+    for key in ("speedup_over_eager", "speedup_over_liger", "speedup_over_liger_chunked"):
+        settle(key, min, of_default)
+    settle("above_gradients_gib", max, ours)
+    return {"name": name, **found}
+
+
+BENCHES = {"ops": ops_plan, "kd": kd_plan, "layer": layer_plan, "engine": engine_plan}

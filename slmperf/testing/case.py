@@ -1,0 +1,122 @@
+"""What every op's cases have in common: a case is one call, complete; a family all of an op's."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slmperf.testing.pairwise import Axes, cross, pairwise
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """One call of one op. Subclasses add their parameters as fields; the name comes from them."""
+
+    op: ClassVar[str]
+    row_axis: ClassVar[dict[str, int]]  # tensor name -> the dimension that counts rows
+
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        parts = (getattr(self, field.name) for field in fields(self))
+        return "-".join(str(part).removeprefix("torch.").replace(" ", "") for part in parts)
+
+    def generator(self, device: str = "cpu") -> torch.Generator:
+        """Random numbers of the device, which depend on the case alone."""
+        return torch.Generator(device).manual_seed(zlib.crc32(str(self).encode()))
+
+    @property
+    @abstractmethod
+    def differentiable(self) -> tuple[str, ...]:
+        """Names of the tensors that receive a gradient."""
+
+    @abstractmethod
+    def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
+        """The inputs, contiguous, the same on every call."""
+
+    @abstractmethod
+    def run(self, tensors: dict[str, Tensor], impl: str) -> Tensor:
+        """The public function: one value per row, or one of all rows."""
+
+    @abstractmethod
+    def reference(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The reference, in the dtype of the tensors."""
+
+    def terms(self, tensors: dict[str, Tensor]) -> Tensor | None:
+        """Where the value is one number: what it adds up, (T,), by the reference."""
+        return None
+
+    @abstractmethod
+    def operator(self, tensors: dict[str, Tensor], impl: str) -> tuple[Callable, tuple]:
+        """The registered operator behind `impl` and its arguments, for opcheck."""
+
+    def rivals(self) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+        """Other plain-torch ways to the same result, for the bench: name -> function of tensors."""
+        return {}
+
+    @property
+    @abstractmethod
+    def reduction(self) -> int:
+        """Number of terms in the longest sum, for the error budget."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Least traffic of forward and backward: each reads its inputs once and writes once."""
+
+    @property
+    def flops(self) -> int:
+        """Operations of the matrix products, forward and backward; 0 where there are none."""
+        return 0
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """What a bench line prints."""
+
+    @property
+    @abstractmethod
+    def setting(self) -> str:
+        """What else a bench line prints: the settings that change the work."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """All cases of an op: how one is made, and the values that its parameters take where."""
+
+    make: Callable[..., Case]
+    axes: Axes  # native kernels and GPUs
+    small: Axes  # in place of the same names, for the interpreter: under 100 tiles a case
+    checked: tuple[Case, ...]  # what the battery's other checks run on, interpreted or not
+    compiled: tuple[Case, ...]  # what offline compilation launches: every config and specialisation
+    bench: Mapping[str, tuple[Case, ...]]  # device type -> what the bench times there
+    large: tuple[Case, ...] = ()  # too large to be crossed
+    # Where the cross of all axes would be without end: those that are crossed, each combination
+    # twice, with values of the others that a fixed sample of these puts together.
+    crossed: tuple[str, ...] = ()
+
+    def every(self, small: bool = False) -> list[Case]:
+        """The full cross."""
+        axes = self._axes(small)
+        if not self.crossed:
+            return [self.make(**row) for row in cross(axes)]
+        others = pairwise({k: v for k, v in axes.items() if k not in self.crossed}, seed=0)
+        chance = random.Random(0)
+        rows = 2 * cross({name: axes[name] for name in self.crossed})
+        return [self.make(**row, **chance.choice(others)) for row in rows]
+
+    def sample(self, seed: int, small: bool = False) -> list[Case]:
+        """A few cases in which any two values of two parameters meet."""
+        return [self.make(**row) for row in pairwise(self._axes(small), seed)]
+
+    def _axes(self, small: bool) -> Axes:
+        return {**self.axes, **self.small} if small else self.axes
