@@ -114,7 +114,8 @@ def _triton_job(capability, launches_file, cache):
     """(file of the kept result, process that writes it or None) for one capability."""
     slmperf, kernels = _package("slmperf"), _package("slmperf.triton_kernels")
     sources = [*(slmperf / "ops").rglob("*.py"), *kernels.glob("*.py"), Path(__file__)]
-    sources += [slmperf / "testing" / f"{name}.py" for name in ("cases", "battery", "offline")]
+    names = ("case", "cases", "kd_cases", "kd_family", "battery", "offline")
+    sources += [slmperf / "testing" / f"{name}.py" for name in names]
     sources += [launches_file] if launches_file else []
     key = _digest(sources, version("triton"), version("torch"), capability)
     kept = cache / f"triton-{capability}-{key}.json"

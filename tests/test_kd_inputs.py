@@ -77,6 +77,8 @@ def top_k(**more):
         (lambda: altered(rows=torch.ones(2, 2)), r"rows is \(2, 2\) torch.float32, expected \(n"),
         (lambda: altered(rows=torch.tensor([5])), "rows holds 5 to 5, expected 0 to 4"),
         (lambda: altered(rows=torch.tensor([-1])), "rows holds -1 to -1, expected 0 to 4"),
+        (lambda: altered(rows=torch.tensor([1, 3, 1])), "rows holds 1 twice, expected each once"),
+        (lambda: altered(chunk_bytes=0), "chunk_bytes is 0, expected at least 1"),
         (lambda: altered(capacity=0), "capacity is 0, expected at least 1"),
         (lambda: altered(vocabulary=[1, 1]), r"vocabulary is \[1, 1\], expected different ids"),
         (lambda: altered(vocabulary=[13]), r"vocabulary is \[13\], expected .* from 0 to 12"),

@@ -161,16 +161,16 @@ def test_check_on_device(op, impl, check):
 @pytest.mark.gpu
 @each_kernel("cuda")
 def test_no_host_synchronisation(op, impl):
-    case = FAMILIES[op].checked[0]
-    tensors = {name: x.requires_grad_(name in case.differentiable)
-               for name, x in case.tensors("cuda").items()}  # fmt: skip
-    upstream = torch.ones_like(case.run(tensors, impl))  # compiles before the watch begins
-    case.run(tensors, impl).backward(upstream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    for case in FAMILIES[op].checked:
+        tensors = {name: x.requires_grad_(name in case.differentiable)
+                   for name, x in case.tensors("cuda").items()}  # fmt: skip
+        upstream = torch.ones_like(case.run(tensors, impl))  # compiles before the watch begins
         case.run(tensors, impl).backward(upstream)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            case.run(tensors, impl).backward(upstream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -22,8 +22,7 @@ inline void rise(Range& range, double student_max, double teacher_max, Weights w
     const double shift =
         teacher_weights ? teacher_shift - student_shift : student_shift - teacher_shift;
     const double weights = teacher_weights ? range.teacher : range.student;
-    // A factor of 0 leaves nothing, of an infinite sum either: a weight that underflows counts as
-    // 0.
+    // A factor of 0 leaves nothing, of an infinite sum either: a weight that underflows is 0.
     range.cross = factor == 0.0 ? 0.0 : factor * (range.cross + shift * weights);
   }
   range.gap = student_factor * range.gap + (student_factor - teacher_factor) * range.teacher;

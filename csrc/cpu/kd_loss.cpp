@@ -3,9 +3,8 @@
 // a fixed order, so no result depends on the number of threads.
 //
 //   statistics   logits -> ranges (T, 8, 1) fp64, the sums of the first walk
-//   join         ranges (T, 8, n), of one or more shards of the vocabulary -> divergence (T,),
-//   cross
-//                entropy (T,), statistics (T, 7)
+//   join         ranges (T, 8, n), of one or more shards of the vocabulary
+//                -> divergence (T,), cross entropy (T,), statistics (T, 7)
 //   second       logits, statistics -> means (T, 4, 1) fp64, for the kinds that walk twice
 //   join_second  means (T, 4, n) -> divergence and statistics in place
 //   gradient     logits, statistics, scales of the rows (T,) -> (T, V), in place where asked

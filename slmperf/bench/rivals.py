@@ -51,7 +51,7 @@ def beta_of(kind: Kind) -> float:
 
 def _liger_divergence(case: Case) -> Run:
     """LigerJSD on log-probabilities."""
-    from liger_kernel.transformers import LigerJSD  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerJSD
 
     assert isinstance(case, DivergenceCase)
     loss = LigerJSD(beta=beta_of(case.kind))
@@ -76,9 +76,7 @@ def liger_fused(beta: float) -> KDLoss:
 
 def liger_chunked(beta: float) -> KDLoss:
     """LigerFusedLinearJSDLoss: chunks of rows through a compiled function; no cross entropy."""
-    from liger_kernel.chunked_loss import (  # type: ignore[import-not-found]
-        LigerFusedLinearJSDLoss,
-    )
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -141,6 +142,9 @@ def _run(
     if scaling is None:
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         _KNOWN[layer] = scaling = _scaling(inner, raw[0].detach(), logits.detach())
+    if torch.is_grad_enabled() and _fully_sharded(model):
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        hidden = _Tied.apply(hidden, logits)
     hidden = hidden.flatten(0, -2)
     if positions is not None:
         hidden = hidden.index_select(0, positions.to(hidden.device))
@@ -149,6 +153,29 @@ def _run(
     wanted = dtype or cast or hidden.dtype
     bias = None if bias is None else bias.to(wanted)
     return hidden.to(wanted), weight.to(wanted), bias, scaling.softcap, scaling.scale
+
+
+def _fully_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP 2 holds the model; asked without importing it where nothing else has."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+
+
+class _Tied(torch.autograd.Function):
+    """Hidden states whose gradient reaches the model's logits as well, as zeros.
+
+    FSDP 2 begins its backward at what a module returned; of a model that is one group that is the
+    logits alone, and without them its gradients would never be reduced.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logits: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
 
 
 def _output_layer(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Operators: one file per op, and one public function in it.
+"""Operators: a file per op, or a folder where it is long, and one public function in it.
 
     divergence      per-token divergence between two logits tensors, (T, V) x 2 -> (T,)
     kd_loss         distillation loss from hidden states and heads, no logits held: (T, D), (V, D)

@@ -75,7 +75,9 @@ class Truth:
         for name, kernel, twin, gold in zip(names, found, self.twin, self.gold, strict=True):
             label = f"{self.case.op} {self.case} {what}: {name}"
             luck = self.luck if name == "value" else 0.0
-            check_error(label, kernel, twin, gold, self.case.reduction, luck)
+            check_error(
+                label, kernel, twin, gold, self.case.reduction, luck, self.case.cancellation
+            )
 
 
 def run_case(case: Case, impl: str, device: str = "cpu") -> None:
@@ -98,6 +100,7 @@ def check_operator(case: Case, impl: str, device: str) -> None:
 
 def check_compile(case: Case, impl: str, device: str) -> None:
     """One graph without a break, forward and backward, with the bits of the eager call."""
+    torch.compiler.reset()  # the cases of a family are one function, recompiled a few times at most
     truth = Truth(case, device)
     compiled = torch.compile(
         lambda given: case.run(given, impl), fullgraph=True, backend="aot_eager"

@@ -16,19 +16,21 @@ from torch import Tensor
 EPS_FP32 = torch.finfo(torch.float32).eps
 
 
-def limit(twin_error: float, top: float, out_dtype: torch.dtype, n: int) -> float:
-    """The largest error that the budget allows."""
+def limit(
+    twin_error: float, top: float, out_dtype: torch.dtype, n: int, floor: float = EPS_FP32**2
+) -> float:
+    """The largest error that the budget allows; of an output, nothing is asked below `floor`."""
     out = torch.finfo(out_dtype)
     # Nothing is finer than the output's smallest number, which in fp16 is as coarse as 6e-8.
     rounding = max(out.eps * top, out.smallest_normal * out.eps)
-    # Nor does fp32 know what is left where terms of order 1 cancel to less than this.
-    rounding = max(rounding, EPS_FP32**2)
+    rounding = max(rounding, floor)
     return 2 * (twin_error + rounding + math.sqrt(n) * EPS_FP32 * top)
 
 
 def check_error(
-    what: str, kernel: Tensor, twin: Tensor, gold: Tensor, n: int, least_twin_error: float = 0.0
-) -> None:
+    what: str, kernel: Tensor, twin: Tensor, gold: Tensor, n: int, least_twin_error: float = 0.0,
+    floor: float = EPS_FP32**2,
+) -> None:  # fmt: skip
     """Hold a kernel's result against the budget; AssertionError with every number otherwise.
 
     Infinities and NaN must stand exactly where the gold has them. `least_twin_error` counts where
@@ -51,6 +53,6 @@ def check_error(
     twin_error = (twin[finite].double() - truth).abs().max().item()
     twin_error = max(twin_error, least_twin_error)
     top = truth.abs().max().item()
-    allowed = limit(twin_error, top, kernel.dtype, n)
+    allowed = limit(twin_error, top, kernel.dtype, n, floor)
     numbers = f"twin {twin_error:.3g}, top {top:.3g}, n {n}, {kernel.dtype}"
     assert error <= allowed, f"{what}: error {error:.3g} over {allowed:.3g} ({numbers})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,9 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from slmperf.testing.budget import EPS_FP32
 from slmperf.testing.pairwise import Axes, cross, pairwise
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def named(part: object) -> str:
+    """A parameter in words; switches that are off are not named."""
+    return re.sub(r", \w+=False\b", "", str(part))
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Case(ABC):
 
     def __str__(self) -> str:
         parts = (getattr(self, field.name) for field in fields(self))
-        return "-".join(str(part).removeprefix("torch.").replace(" ", "") for part in parts)
+        return "-".join(named(part).removeprefix("torch.").replace(" ", "") for part in parts)
 
     def generator(self, device: str = "cpu") -> torch.Generator:
         """Random numbers of the device, which depend on the case alone."""
@@ -67,6 +74,11 @@ class Case(ABC):
     @abstractmethod
     def reduction(self) -> int:
         """Number of terms in the longest sum, for the error budget."""
+
+    @property
+    def cancellation(self) -> float:
+        """Below this no relative error is asked: what fp32 leaves where terms of order 1 cancel."""
+        return EPS_FP32**2
 
     @property
     @abstractmethod

@@ -25,8 +25,8 @@ from slmperf.ops import (
     divergence_reference,
 )
 from slmperf.ops.divergence import Kind, code_of
-from slmperf.testing import kd_cases
-from slmperf.testing.case import BF16, FP16, FP32, Case, Family
+from slmperf.testing.case import BF16, FP16, FP32, Case, Family, named
+from slmperf.testing.kd_family import FAMILY as KD_LOSS
 
 
 def random_logits(
@@ -109,7 +109,7 @@ class DivergenceCase(Case):
     @property
     def setting(self) -> str:
         """The kind."""
-        return str(self.kind)
+        return named(self.kind)
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -236,5 +236,5 @@ FAMILIES = {
             ),
         },
     ),
-    "kd_loss": kd_cases.FAMILY,
+    "kd_loss": KD_LOSS,
 }

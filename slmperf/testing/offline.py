@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,14 @@ def _as_if_on(capability: int) -> Iterator[list[Launch]]:
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         seen.append(_describe(kernel, args, kwargs, capability))
 
+    # By its name: slmperf.ops.kd_loss is the function.
+    chunks = import_module("slmperf.ops.kd_loss.chunks")
     device = common.Machine(capability, PROCESSORS[capability])
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(common, "machine", lambda tensor: device),
         mock.patch.object(routing, "interpreted", lambda: True),
+        mock.patch.object(chunks, "has_bf16_units", lambda device: True),
     ):
         yield seen
 

@@ -9,7 +9,8 @@ while slows both. Keys of a row beside those of every result file:
     tflops                      of the products' operations
     peak_mib                    the most held beyond the inputs, gradients included
     above_gradients_gib         that, less the gradients themselves
-    memory_of_eager             its peak_mib by eager's
+    memory_of_eager, memory_of_reference
+                                its peak_mib by theirs
     gradient_error, gradient_error_close
                                 the larger of those of hidden states and head: norm of the
                                 difference from float64 by the norm, at fewer tokens; of a student
@@ -176,9 +177,10 @@ def _row(
         wide = replace(problem, dtype="fp32")
         others["speedup_over_fp32"] = times_of(OURS.format("fp32"), wide)
     found |= {key: value for key, value in others.items() if value is not None}
-    eagers = facts.get(f"{whole}: eager", {}).get("peak_mib")
-    if eagers and found.get("peak_mib") is not None:
-        found["memory_of_eager"] = found["peak_mib"] / eagers
+    for name in ("eager", "reference"):
+        theirs = facts.get(f"{whole}: {name}", {}).get("peak_mib")
+        if theirs and found.get("peak_mib") is not None:
+            found[f"memory_of_{name}"] = found["peak_mib"] / theirs
     return found
 
 

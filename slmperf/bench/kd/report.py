@@ -71,11 +71,12 @@ def lines(rows: Sequence[Row]) -> list[str]:
         if row.get("role") != "ours":
             continue
         parts = [
-            said.format(row[key] if key != "memory_of_eager" else 1 / row[key])
+            said.format(1 / row[key] if key.startswith("memory_of_") else row[key])
             for key, said in (
                 ("times_products", "{:.3f} x the products"),
                 ("speedup_over_eager", "{:.2f} x as fast as eager"),
                 ("memory_of_eager", "1/{:.1f} of its memory"),
+                ("memory_of_reference", "1/{:.1f} of the reference's"),
                 ("speedup_over_fp32", "{:.2f} x as fast as on inputs in fp32"),
             )
             if row.get(key)

@@ -2,7 +2,9 @@
 
 kd_loss, ... logits    ours, forward and backward, in a mode of its logits
 products               its four matrix products alone, into buffers that are there
-eager                  all logits at once, in the inputs' dtype; softmax and divergence in fp32
+eager                  all logits at once, in the inputs' dtype; softmax and divergence in fp32,
+                       in as few passes as torch has for it
+reference              the op's own plain torch, on a CPU and inputs in fp32
 torch.compile          the same, compiled
 liger-kernel, ...      see slmperf.bench.rivals
 before, now            of the quickstart's step: all logits of the tokens that count, in fp32
@@ -61,13 +63,15 @@ def ways_of(problem: Problem, logits: tuple[str, ...]) -> dict[str, Way]:
     plain = eager(problem)
     found["eager"] = Way("plain", plain, graph=False)
     found["torch.compile"] = Way("compiled", torch.compile(plain, dynamic=False), graph=False)
+    if problem.device == "cpu" and problem.dtype == "fp32":
+        found["reference"] = Way("plain", ours(problem, "fp32", "reference"), graph=False)
     if isinstance(problem.kind, ForwardKL | ReverseKL | JSD):
         for name in rivals.installed("kd_loss", problem.device):
             found[name] = Way("rival", _rival(name, problem), graph=False)
     return found
 
 
-def ours(problem: Problem, logits: str) -> Run:
+def ours(problem: Problem, logits: str, impl: str = "auto") -> Run:
     """slmperf.ops.kd_loss."""
     kind = problem.kind
 
@@ -79,6 +83,7 @@ def ours(problem: Problem, logits: str) -> Run:
             rows=given.get("rows"),
             divergence=kind,
             logits=logits,
+            impl=impl,
         ).loss
 
     return run

@@ -121,6 +121,24 @@ def check_rows(
         raise InputError(f"kd_loss: capacity is {capacity}, expected at least 1 and no rows")
 
 
+def check_chunks(
+    student: StudentHead, chunk_bytes: int | None, group: ProcessGroup | None, reduction: str
+) -> None:
+    """InputError for a budget that is none, and for what sharded heads cannot have."""
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise InputError(f"kd_loss: chunk_bytes is {chunk_bytes}, expected at least 1")
+    if chunk_bytes is not None and group is not None:
+        raise InputError(
+            f"kd_loss: chunk_bytes is {chunk_bytes}, expected None with a group, whose ranks have "
+            "to cut the rows alike"
+        )
+    if reduction == "none" and hasattr(student.weight, "ds_id"):
+        raise InputError(
+            "kd_loss: reduction is 'none', expected mean or sum with a head under ZeRO-3, which is "
+            "not whole any more when that gradient is made"
+        )
+
+
 def logits_mode(logits: str, impl: str, student: StudentHead, teacher: Teacher | None) -> str:
     """fp32, bf16 or difference; NotImplementedError where this implementation has it not."""
     dtype, device = student.hidden.dtype, student.hidden.device.type
@@ -145,7 +163,7 @@ def number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(like.device, torch.float32)
+        return value.detach().reshape(()).to(like.device, torch.float32, non_blocking=True)
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
@@ -167,7 +185,11 @@ def whole(head: Any) -> Any:
         if tensor is None:
             return None
         if hasattr(tensor, "full_tensor"):  # DTensor: gathered here, its gradient scattered again
-            tensor = tensor.full_tensor()
+            # Ranks that hold other tokens hold other gradients: FSDP takes their mean. Of ranks
+            # that hold the same it is what each of them has.
+            from torch.distributed.tensor import Partial
+
+            tensor = tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
         kind = tensor.device.type
         if torch.is_autocast_enabled(kind):
             tensor = tensor.to(torch.get_autocast_dtype(kind))
@@ -198,11 +220,15 @@ def narrow(
     student: StudentHead,
     teacher: Teacher | None,
     labels: Tensor | None,
+    counting: Tensor | None,
     vocabulary: Sequence[int] | Tensor,
     ignore_index: int,
     group: ProcessGroup | None,
 ) -> tuple[StudentHead, Any, Tensor | None]:
-    """Heads and labels cut to the columns of `vocabulary`."""
+    """Heads and labels cut to the columns of `vocabulary`.
+
+    counting  (T,) bool, whose labels matter; None where no label does
+    """
     if group is not None:
         raise InputError("kd_loss: vocabulary is given, expected no group beside it")
     if isinstance(teacher, TeacherTopK):
@@ -210,11 +236,17 @@ def narrow(
             "kd_loss: vocabulary is given, expected TeacherHead or TeacherLogits: a top-k teacher "
             "has tokens of its own"
         )
-    ids = torch.as_tensor(vocabulary, dtype=torch.int64, device=student.hidden.device)
+    ids = torch.as_tensor(vocabulary, dtype=torch.int64)
     if ids.dim() != 1 or not len(ids):
         raise InputError(f"kd_loss: vocabulary is {tuple(ids.shape)}, expected (K,), K >= 1")
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_vocabulary(ids, student.vocabulary, labels, ignore_index)
+        listed = ids.tolist()
+        if min(listed) < 0 or max(listed) >= student.vocabulary or len(set(listed)) < len(listed):
+            raise InputError(
+                f"kd_loss: vocabulary is {listed[:8]}, expected different ids from 0 to "
+                f"{student.vocabulary - 1}"
+            )
+    ids = ids.to(student.hidden.device, non_blocking=True)
 
     def cut(head: Any) -> Any:
         if isinstance(head, TeacherLogits):
@@ -226,23 +258,31 @@ def narrow(
 
     if labels is not None:
         same = labels[:, None] == ids
-        place = same.to(torch.int8).argmax(dim=1)
-        missing = torch.full_like(place, len(ids))  # out of range, as the operator will find
-        place = torch.where(same.any(dim=1), place, missing)
+        found = same.any(dim=1)
+        if (
+            counting is not None
+            and labels.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            lost = labels[counting & ~found & (labels != ignore_index)]
+            if len(lost):
+                raise InputError(
+                    f"kd_loss: labels holds {int(lost[0])}, expected one of vocabulary "
+                    f"{ids.tolist()[:8]}"
+                )
+        missing = torch.full_like(labels, len(ids))  # out of range, as the operator will find
+        place = torch.where(found, same.to(torch.int8).argmax(dim=1), missing)
         labels = torch.where(labels == ignore_index, labels, place)
     return cut(student), cut(teacher), labels
 
 
-def _check_vocabulary(ids: Tensor, size: int, labels: Tensor | None, ignore_index: int) -> None:
-    """InputError for ids that the head lacks, that come twice, or that a label lacks."""
-    listed = ids.tolist()
-    if min(listed) < 0 or max(listed) >= size or len(set(listed)) < len(listed):
-        raise InputError(
-            f"kd_loss: vocabulary is {listed[:8]}, expected different ids from 0 to {size - 1}"
-        )
-    if labels is not None:
-        lost = labels[(labels != ignore_index) & ~torch.isin(labels, ids)]
-        if len(lost):
-            raise InputError(
-                f"kd_loss: labels holds {int(lost[0])}, expected one of vocabulary {listed[:8]}"
-            )
+def counting(
+    student: StudentHead, token_weight: Tensor | None, rows: Tensor | None, cross_entropy: float
+) -> Tensor | None:
+    """Which tokens' labels matter (T,), None where none does."""
+    if cross_entropy == 0.0:
+        return None
+    weight = listed(token_weight, rows, student.hidden)
+    if weight is None:
+        return torch.ones(student.hidden.shape[0], dtype=torch.bool, device=student.hidden.device)
+    return weight != 0.0

@@ -40,6 +40,9 @@ class Rows:
                     raise InputError(
                         f"kd_loss: rows holds {low} to {high}, expected 0 to {self.tokens - 1}"
                     )
+                if int(call.rows.bincount().max()) > 1:
+                    twice = int(call.rows.bincount().argmax())
+                    raise InputError(f"kd_loss: rows holds {twice} twice, expected each once")
             self.index = call.rows.to(hidden.device, non_blocking=True)
         elif hidden.device.type == "cpu":
             (counting,) = weight.nonzero(as_tuple=True)

@@ -110,8 +110,11 @@ class TopK:
         if tail == "bucket":
             another = torch.log(-torch.expm1(log_mass.clamp(max=0.0)))
             # Of a whole vocabulary nothing is left; 1 less its sum is rounding.
-            whole = torch.as_tensor(log_p.shape[1] == self.shards.total, device=log_p.device)
-            another = another.masked_fill(whole, -torch.inf)
+            whole = self.shards.total == log_p.shape[1]
+            if isinstance(whole, Tensor):
+                another = another.masked_fill(whole, -torch.inf)
+            elif whole:
+                another = torch.full_like(another, -torch.inf)
         scale = self.call.temperature if tail == "renormalise" else 1.0
         outcomes = torch.cat([(log_p - log_mass * (tail != "bucket")) / scale, another], dim=1)
         mass = log_mass.exp().float()[:, 0] if tail == "zero" else None
