@@ -320,6 +320,7 @@ def test_cross_entropy_shards(in_two_processes):
     in_two_processes(cross_entropy_shards)
 
 
+@pytest.mark.slow
 def test_vocabulary_shards_of_interpreted_kernels(in_two_processes):
     if not interpreted():
         pytest.skip("Triton kernels run on a device here")

@@ -9,8 +9,13 @@
 //   join_second  means (T, 4, n) -> divergence and statistics in place
 //   gradient     logits, statistics, scales of the rows (T,) -> (T, V), in place where asked
 //   softcap_     logits = cap tanh(logits / cap)
+//   huge_pages_  a request to the system for fresh memory, before anything is in it
 
 #include <torch/csrc/stable/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <optional>
 #include <string>
@@ -226,6 +231,19 @@ void softcap_(Tensor logits, double cap) {
   });
 }
 
+// Fresh memory comes in pages of 4 KiB, each at the price of a fault: for the buffers of a call
+// some 3 % of its time. In pages of 2 MiB there are 512 times fewer. Whether the system does it is
+// its own matter.
+void huge_pages_(Tensor memory) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  const uintptr_t end = begin + memory.numel() * memory.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 }  // namespace slmperf
 
@@ -246,6 +264,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slmperf, m) {
       " Tensor divergence_scale, Tensor? cross_entropy_scale, str kind, float weight,"
       " float temperature, float softcap, Tensor(a!) out) -> ()");
   m.def("kd_softcap_.cpu(Tensor(a!) logits, float cap) -> ()");
+  m.def("kd_huge_pages_.cpu(Tensor(a!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slmperf, CPU, m) {
@@ -255,4 +274,5 @@ STABLE_TORCH_LIBRARY_IMPL(slmperf, CPU, m) {
   m.impl("kd_join_second.cpu", TORCH_BOX(&slmperf::join_second));
   m.impl("kd_gradient.cpu", TORCH_BOX(&slmperf::gradient));
   m.impl("kd_softcap_.cpu", TORCH_BOX(&slmperf::softcap_));
+  m.impl("kd_huge_pages_.cpu", TORCH_BOX(&slmperf::huge_pages_));
 }

@@ -54,7 +54,8 @@ def random_heads(
     alike    rows that share one large component: a mistaken row index shows less than usual
     spread   logits from -200 to 200, of numbers so round that products add up exactly, in whatever
              order: at temperature 0.05 half a unit in the last place of a logit would be seen.
-             Tokens come in pairs that rival each other, or no row would have two that count
+             Every other row sees half of the features, in which tokens come in pairs that rival
+             each other; or no row would have two that count
     Others as apart; see KDLossCase.
     """
     tokens, vocabulary, hidden, teacher_hidden = sizes
@@ -72,11 +73,12 @@ def random_heads(
     if maker == "spread":
         made: list[Tensor] = []
         for width in (hidden, teacher_hidden):
+            states = round_numbers(tokens, width, 4)
             weight = round_numbers(vocabulary, width, 64)
-            weight[1::2] = weight[: vocabulary // 2 * 2 : 2]
+            weight[1::2, ::2] = weight[: vocabulary // 2 * 2 : 2, ::2]
             weight[1::2, 0] += 1
-            scale = 2.0 ** round(math.log2(1.6 * width**0.5))
-            made += [round_numbers(tokens, width, 4).float(), weight / scale]
+            states[::2, 1::2] = 0
+            made += [states.float(), weight / 2.0 ** round(math.log2(1.6 * width**0.5))]
         return made[0], made[1], made[2], made[3]
     student, teacher = head(hidden), head(teacher_hidden)
     if maker == "close":

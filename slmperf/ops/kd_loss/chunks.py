@@ -186,10 +186,11 @@ class _Run:
         call = self.call
         size, vocabulary = self.chunks[0][1] if self.chunks else 0, call.weight.shape[0]
         logits, gradient = self._dtypes()
-        student = call.hidden.new_empty(size, vocabulary, dtype=logits)
+        student = self._fresh(call.hidden.new_empty(size, vocabulary, dtype=logits))
         given = call.teacher_logits
         copied = given is not None and given.dtype != logits and self.native
-        teacher = torch.empty_like(student) if call.teacher_hidden is not None or copied else None
+        both = call.teacher_hidden is not None or copied
+        teacher = self._fresh(torch.empty_like(student)) if both else None
         out, beyond = student, None
         if gradient != logits and self.native:
             row = student.view(gradient)
@@ -210,7 +211,14 @@ class _Run:
         once = len(self.chunks) == 1 and weight.device.type == "cuda"
         plain = self.buffers.gradient.dtype == weight.dtype
         dtype = weight.dtype if once and plain else torch.float32
-        return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        like = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        return self._fresh(like)
+
+    def _fresh(self, memory: Tensor) -> Tensor:
+        """The same, not yet written to, in large pages where the system has them."""
+        if self.native:
+            torch.ops.slmperf.kd_huge_pages_.cpu(memory)
+        return memory
 
     # The passes.
 
