@@ -33,7 +33,7 @@ def quick(monkeypatch):
     """torch.compile without the minutes of a C++ compiler, memory without a process for each."""
     compiled = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiled)
-    sizes = {"eager": 80.0, "torch.compile": 40.0, "before": 8.0, "now": 2.0}
+    sizes = {"eager": 80.0, "reference": 90.0, "torch.compile": 40.0, "before": 8.0, "now": 2.0}
     monkeypatch.setattr(measure, "peak_of", lambda problem, name, *_: sizes.get(name, 5.0))
 
 
@@ -83,13 +83,14 @@ def test_a_close_student_is_close(dtype, sizes):
 def test_all_ways_find_the_same(quick, text):
     problem = replace(TINY, divergence=text)
     found = ways.ways_of(problem, ("fp32",))
-    assert [way.role for way in found.values()] == ["products", "ours", "plain", "compiled"]
+    roles = [way.role for way in found.values()]
+    assert roles == ["products", "ours", "plain", "compiled", "plain"]
     errors = measure.gradient_errors(problem, found)
-    assert errors.pop("products") == {} and len(errors) == 3
+    assert errors.pop("products") == {} and len(errors) == 4
     assert all(one["gradient_error"] < 1e-5 for one in errors.values())
     given = problem.inputs()
     losses = [float(way.run(given).detach()) for way in found.values() if way.role != "products"]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 
 def test_a_wrong_gradient_is_an_error():
@@ -130,7 +131,7 @@ def test_rows_and_what_they_are_compared_with(quick):
     answers, half = replace(TINY, answers=3), replace(TINY, dtype="bf16")
     problems = {TINY: ("fp32",), answers: ("fp32",), half: ("fp32", "bf16")}
     rows, refused = measure.measure(problems, 0.01)
-    assert not refused and len({row["name"] for row in rows}) == len(rows) == 4 + 2 + 5
+    assert not refused and len({row["name"] for row in rows}) == len(rows) == 5 + 2 + 5
     named = {row["name"]: row for row in rows}
     ours = named[f"{TINY}: kd_loss, fp32 logits"]
     products, eager = named[f"{TINY}: products"], named[f"{TINY}: eager"]
@@ -138,6 +139,7 @@ def test_rows_and_what_they_are_compared_with(quick):
     assert 0.2 < ours["times_products"] / (ours["time_us"] / products["time_us"]) < 5
     assert 0.2 < ours["speedup_over_eager"] / (eager["time_us"] / ours["time_us"]) < 5
     assert ours["peak_mib"] == 5 and ours["memory_of_eager"] == 5 / 80
+    assert ours["memory_of_reference"] == 5 / 90
     assert ours["above_gradients_gib"] == (5 - (12 + 300) * 8 * 4 / 2**20) / 1024
     assert ours["tflops"] == pytest.approx(TINY.flops / ours["time_us"] * 1e-6)
     assert ours["gradient_error"] < 1e-5 and ours["gradient_error_close"] < 0.1
@@ -154,7 +156,7 @@ def test_rows_and_what_they_are_compared_with(quick):
 
 
 def test_what_cannot_run_is_refused_with_the_reason(quick, monkeypatch):
-    def fails(problem, logits):
+    def fails(problem, logits, impl="auto"):
         def run(given):
             raise NotImplementedError("only on Tuesdays\nand Fridays")
 
@@ -162,7 +164,8 @@ def test_what_cannot_run_is_refused_with_the_reason(quick, monkeypatch):
 
     monkeypatch.setattr(ways, "ours", fails)
     rows, refused = measure.measure({TINY: ("fp32",)}, 0.01)
-    assert refused == {f"{TINY}: kd_loss, fp32 logits": "NotImplementedError: only on Tuesdays"}
+    said = "NotImplementedError: only on Tuesdays"
+    assert refused == {f"{TINY}: {name}": said for name in ("kd_loss, fp32 logits", "reference")}
     assert [row["way"] for row in rows] == ["products", "eager", "torch.compile"]
 
 
@@ -289,7 +292,7 @@ def test_the_command(quick, monkeypatch, capsys, tmp_path):
     assert "x as fast as on inputs in fp32" in printed
     content = results.read_results(out)
     assert content["kind"] == "kd" and content["refused"] == {}
-    assert len(content["rows"]) == 2 * (4 + 2) + 2
+    assert len(content["rows"]) == 5 + 2 + 4 + 2 + 2
     assert isinstance(content["machine"]["bf16_units"], bool)
 
 
