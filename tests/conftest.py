@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 # Before anything imports transformers or triton.
@@ -19,6 +21,34 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # The machine that the budget of make test was set on has two cores.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+_COMPILING: list[subprocess.Popen] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where a collected test uses the battery and Triton is interpreted, mend the interpreter.
+
+    And let kernels compile on the second core while other tests run: see `kernels_compiled`.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1" and "slmperf.testing" in sys.modules:
+        from slmperf.testing import interpreter
+
+        interpreter.cure()
+    files = {item.path.name for item in session.items}
+    # Alone they are compiled where they are asked for.
+    among_others = "test_kernels_compile.py" in files and len(files) > 10
+    if among_others and find_spec("triton") and not session.config.option.collectonly:
+        command = ["nice", "-n", "15", sys.executable, str(ROOT / "bench/kernels_check.py")]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        _COMPILING.append(subprocess.Popen(command, cwd=ROOT, **quiet))
+
+
+@pytest.fixture(scope="session")
+def kernels_compiled() -> None:
+    """Waits for what was begun when the tests were collected; its results are in a cache."""
+    for process in _COMPILING:
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +104,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
-
-
-def pytest_collection_finish() -> None:
-    """Where a collected test uses the battery and Triton is interpreted, mend the interpreter."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and "slmperf.testing" in sys.modules:
-        from slmperf.testing import interpreter
-
-        interpreter.cure()

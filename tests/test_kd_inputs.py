@@ -1,6 +1,9 @@
 """kd_loss: what a caller may get wrong: ValueError that names argument, wanted and found."""
 
 import math
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -185,3 +188,42 @@ def test_labels_are_not_looked_at_where_they_do_not_count():
         **altered(labels=labels, token_weight=weight, cross_entropy=0.5), impl="cpu"
     ).loss
     assert loss.isfinite()
+
+
+@pytest.fixture
+def zero_3(monkeypatch):
+    """deepspeed.zero.GatheredParameters on parameters that remember their whole."""
+
+    @contextmanager
+    def gathered(parameters):
+        for one in parameters:
+            one.data = one.whole
+        yield
+        for one in parameters:
+            one.data = torch.empty(0)
+
+    module = ModuleType("deepspeed")
+    module.zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", module)
+
+    def parameter(whole):
+        found = torch.nn.Parameter(torch.empty(0))
+        found.whole, found.ds_shape = whole, whole.shape
+        return found
+
+    return parameter, gathered
+
+
+def test_heads_under_zero_3(zero_3):
+    parameter, gathered = zero_3
+    hidden, weight, given = torch.randn(4, 5), torch.randn(31, 5), torch.randn(31, 5)
+    student, teacher = parameter(weight), parameter(given)
+    with pytest.raises(InputError, match="released by ZeRO-3.*GatheredParameters"):
+        kd_loss(StudentHead(hidden, student), TeacherHead(hidden, teacher))
+    with gathered([student]):
+        kd_loss(StudentHead(hidden, student), TeacherHead(hidden, teacher)).loss.backward()
+        found = student.grad.clone()
+    assert teacher.numel() == 0, "the teacher's is released again"
+    leaf = weight.requires_grad_()
+    kd_loss(StudentHead(hidden, leaf), TeacherHead(hidden, given)).loss.backward()
+    assert torch.equal(found, leaf.grad)

@@ -237,13 +237,19 @@ def interpreted_shards(rank):
 
 
 def sharded_head(rank):
-    """FSDP2: weights are DTensors; their gradients come back as such, those of the plain head."""
+    """FSDP2: ranks hold other rows; the sharded gradients are the mean of theirs, head included."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    student, (states, theirs), labels, token_weight = problem(6, (50, 31))
+    (hidden, weight, _), (states, theirs), labels, token_weight = problem(12, (50, 31))
     mesh = init_device_mesh("cpu", (2,))
-    settings = {"labels": labels, "token_weight": token_weight, "cross_entropy": 0.3}
+
+    def loss_of(head, own, teacher):
+        return kd_loss(
+            StudentHead(*head), TeacherHead(states[own], teacher), labels=labels[own],
+            token_weight=token_weight[own], cross_entropy=0.3,
+        ).loss  # fmt: skip
 
     class Model(torch.nn.Module):
         """A head that is no call of a module: the loss takes its weights."""
@@ -253,37 +259,65 @@ def sharded_head(rank):
             self.body = torch.nn.Linear(12, 12)
             self.head = torch.nn.Linear(12, 81)
 
-        def forward(self, hidden, teacher):
-            student = StudentHead(self.body(hidden), self.head.weight, self.head.bias)
-            return kd_loss(student, teacher, **settings).loss
+        def forward(self, own):
+            head = self.body(hidden[own]), self.head.weight, self.head.bias
+            return loss_of(head, own, theirs)
+
+    halves = slice(0, 6), slice(6, 12)
+    for groups in (("body", "head"), ("body",), ()):
+        torch.manual_seed(0)
+        plain, model = Model(), Model()
+        model.load_state_dict(plain.state_dict())
+        for name in groups:
+            fully_shard(getattr(model, name), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        losses = [plain(own) for own in halves]
+        (sum(losses) / 2).backward()
+        found = model(halves[rank])
+        found.backward()
+        assert_close(f"rank {rank}, {groups}", [found.detach()], [losses[rank].detach()])
+        for (name, mine), truth in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert mine.grad.placements[0].is_shard(0), name
+            what = f"rank {rank}, {groups}, {name}"
+            assert_close(what, [mine.grad.full_tensor()], [truth.grad], 2e-5)
+    # A bare DTensor that nobody's hook gathers, and a teacher sharded alike.
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    loss_of((hidden[halves[rank]], sharded), halves[rank],
+            distribute_tensor(theirs, mesh, [Shard(0)])).backward()  # fmt: skip
+    leaf = weight.clone().requires_grad_()
+    (sum(loss_of((hidden[own], leaf), own, theirs) for own in halves) / 2).backward()
+    assert_close(f"rank {rank}, bare", [sharded.grad.full_tensor()], [leaf.grad], 2e-5)
+
+
+def sharded_model(rank):
+    """FSDP2 around a language model as one group, whose hooks begin at its logits."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from slmperf.distill import student_head
+
+    config = LlamaConfig(
+        vocab_size=81, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(81, (2, 1, 6), generator=generator)
+    teacher = torch.randn(2, 6, 81, generator=generator)
+
+    def loss_of(model, half):
+        head = student_head(model, {"input_ids": ids[half]})
+        return kd_loss(head, TeacherLogits(teacher[half])).loss
 
     torch.manual_seed(0)
-    plain, model = Model(), Model()
+    plain, model = LlamaForCausalLM(config), LlamaForCausalLM(config)
     model.load_state_dict(plain.state_dict())
-    # The body alone is gathered by the wrapper's own hooks; the head is what the loss gathers.
-    fully_shard(model.body, mesh=mesh)
-    fully_shard(model.head, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    loss = plain(student[0], TeacherHead(states, theirs))
-    loss.backward()
-    # Every rank has its own half of the batch's gradient: here both have the same.
-    found = model(student[0], TeacherHead(states, theirs))
-    found.backward()
-    assert_close(f"rank {rank}", [found.detach()], [loss.detach()])
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    (sum(loss_of(plain, half) for half in (0, 1)) / 2).backward()
+    loss_of(model, rank).backward()
     for (name, mine), truth in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert type(mine.grad).__name__ == "DTensor", name
-        assert mine.grad.placements[0].is_shard(0), name
-        assert_close(f"rank {rank}, {name}", [mine.grad.full_tensor()], [truth.grad], 2e-5)
-    # A teacher sharded alike; a bare DTensor that nobody's hook gathers.
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    weight = distribute_tensor(student[1], mesh, [Shard(0)]).requires_grad_()
-    teacher = TeacherHead(states, distribute_tensor(theirs, mesh, [Shard(0)]))
-    leaf = student[1].clone().requires_grad_()
-    kd_loss(StudentHead(student[0], weight), teacher, **settings).loss.backward()
-    kd_loss(StudentHead(student[0], leaf), TeacherHead(states, theirs), **settings).loss.backward()
-    assert weight.grad.placements[0].is_shard(0)
-    assert weight.grad.to_local().shape[0] in (40, 41)
+        what = f"rank {rank}, {name}"
+        assert_close(what, [mine.grad.full_tensor()], [truth.grad], 1e-4)
 
 
 def sequence_shards(rank):
@@ -329,6 +363,10 @@ def test_vocabulary_shards_of_interpreted_kernels(in_two_processes):
 
 def test_sharded_head(in_two_processes):
     in_two_processes(sharded_head)
+
+
+def test_sharded_model(in_two_processes):
+    in_two_processes(sharded_model)
 
 
 def test_sequence_shards(in_two_processes):

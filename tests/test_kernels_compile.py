@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def kernels_check(root):
+def kernels_check(root, kernels_compiled):
     spec = importlib.util.spec_from_file_location("kernels_check", root / "bench/kernels_check.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -121,21 +121,14 @@ def check_rows(
         raise InputError(f"kd_loss: capacity is {capacity}, expected at least 1 and no rows")
 
 
-def check_chunks(
-    student: StudentHead, chunk_bytes: int | None, group: ProcessGroup | None, reduction: str
-) -> None:
-    """InputError for a budget that is none, and for what sharded heads cannot have."""
+def check_chunks(chunk_bytes: int | None, group: ProcessGroup | None) -> None:
+    """InputError for a budget that is none, or that ranks could take differently."""
     if chunk_bytes is not None and chunk_bytes < 1:
         raise InputError(f"kd_loss: chunk_bytes is {chunk_bytes}, expected at least 1")
     if chunk_bytes is not None and group is not None:
         raise InputError(
             f"kd_loss: chunk_bytes is {chunk_bytes}, expected None with a group, whose ranks have "
             "to cut the rows alike"
-        )
-    if reduction == "none" and hasattr(student.weight, "ds_id"):
-        raise InputError(
-            "kd_loss: reduction is 'none', expected mean or sum with a head under ZeRO-3, which is "
-            "not whole any more when that gradient is made"
         )
 
 
@@ -200,20 +193,30 @@ def whole(head: Any) -> Any:
     )
 
 
-def gathered(*heads: object) -> AbstractContextManager[object]:
-    """The context in which ZeRO-3's parameters are whole; nothing for others."""
-    found = [
-        tensor
-        for head in heads
-        if isinstance(head, StudentHead | TeacherHead)
-        for tensor in (head.weight, head.bias)
-        if hasattr(tensor, "ds_id")
-    ]
+def gathered(student: StudentHead, teacher: Teacher | None) -> AbstractContextManager[object]:
+    """The context in which the teacher's parameters under ZeRO-3 are whole; nothing for others.
+
+    InputError for a student's that ZeRO-3 has released: its gradient finds it so, after the loss.
+    """
+    for tensor in (student.weight, student.bias):
+        if _released(tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                "kd_loss: student's head is released by ZeRO-3, expected it whole: hold "
+                "deepspeed.zero.GatheredParameters around loss and backward"
+            )
+    heads = [head for head in (student, teacher) if isinstance(head, StudentHead | TeacherHead)]
+    found = [one for head in heads for one in (head.weight, head.bias) if _released(one)]
     if not found:
         return nullcontext()
     import deepspeed  # type: ignore[import-not-found]
 
     return deepspeed.zero.GatheredParameters(found)
+
+
+def _released(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether ZeRO-3 holds the parameter, and only a part of it is here."""
+    shape = getattr(tensor, "ds_shape", None)
+    return shape is not None and tensor is not None and tuple(tensor.shape) != tuple(shape)
 
 
 def narrow(

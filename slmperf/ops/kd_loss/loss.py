@@ -394,8 +394,10 @@ def kd_loss(
                    else is the same on every rank. Hidden states get the gradient of all shards
     impl           "auto" (ROUTES: CUDA -> triton, CPU -> cpu), "triton", "cpu" or "reference"
 
-    Returns KDLoss. DTensor heads (FSDP2) are gathered once, ZeRO-3's while the loss runs; their
-    gradients go back the way they came. Under autocast heads are cast as a Linear would.
+    Returns KDLoss. DTensor heads (FSDP2) are gathered once, their gradients go back the way they
+    came, as the mean over ranks; a teacher's under ZeRO-3 is gathered while the loss runs, and a
+    student's has to be whole until the backward is done. Under autocast heads are cast as by a
+    Linear.
 
     Sums are fp32 or wider; neither the size of the chunks nor, on a CPU, the number of threads
     changes results by more than rounding. Raises InputError (a ValueError) naming argument, wanted
@@ -411,7 +413,7 @@ def kd_loss(
     if cross_entropy == 1.0:
         teacher = None
     inputs.check_rows(student, labels, token_weight, rows, capacity)
-    inputs.check_chunks(student, chunk_bytes, group, reduction)
+    inputs.check_chunks(chunk_bytes, group)
     if cross_entropy > 0.0 and labels is None:
         raise InputError(
             f"kd_loss: labels is None, expected (T,) int64 with cross_entropy={cross_entropy}"
