@@ -25,7 +25,9 @@ from torch import Tensor
 
 from slmperf.triton_kernels.common import configured, on_device, processors, softcapped
 from slmperf.triton_kernels.divergence import (
+    CONFIGS,
     DIFFERENCE_TILE,
+    WAVES,
     gradient,
     join,
     join_second,
@@ -56,16 +58,6 @@ DIFFERENCE_CONFIGS = {
 # Tiles of rows that follow each other under the same columns, so that programs that run together
 # read the same rows of the heads: of what is read, those are the most.
 GROUP = 16
-# (capability, bytes per element) -> (BLOCK, warps) of the elementwise kernels.
-CONFIGS = {
-    (0, 2): (64, 4),
-    (0, 4): (64, 4),
-    (80, 2): (1024, 4),
-    (80, 4): (1024, 4),
-    (90, 2): (1024, 4),
-    (90, 4): (1024, 4),
-}
-WAVES = 16  # programs per multiprocessor of scale_
 
 
 @triton.jit

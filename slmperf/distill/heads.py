@@ -28,6 +28,7 @@ from torch import Tensor
 
 from slmperf.check import InputError
 from slmperf.ops import StudentHead, TeacherHead
+from slmperf.ops.kd_loss.heads import scaled
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _SCALES = {  # name -> whether it multiplies
@@ -93,8 +94,7 @@ class _Scaling(NamedTuple):
     softcap: float | None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        z = raw if self.scale is None else raw * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return scaled(raw, self.scale, self.softcap)
 
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, _Scaling] = WeakKeyDictionary()

@@ -122,6 +122,12 @@ class TeacherTopK:
 Teacher = TeacherHead | TeacherLogits | TeacherTopK
 
 
+def scaled(raw: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """softcap(scale raw), in raw's dtype and with its rounding after each step."""
+    z = raw if scale is None else raw * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
 def _whole(parameter: Tensor) -> Shaped:
     """Something with the shape of the whole: between its uses ZeRO-3 keeps a parameter empty."""
     shape = getattr(parameter, "ds_shape", None)

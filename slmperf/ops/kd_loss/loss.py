@@ -42,7 +42,14 @@ from slmperf.ops.divergence import (
     rescale_of,
 )
 from slmperf.ops.kd_loss import inputs
-from slmperf.ops.kd_loss.heads import StudentHead, Teacher, TeacherHead, TeacherLogits, TeacherTopK
+from slmperf.ops.kd_loss.heads import (
+    StudentHead,
+    Teacher,
+    TeacherHead,
+    TeacherLogits,
+    TeacherTopK,
+    scaled,
+)
 from slmperf.ops.routing import HALF_AND_FLOAT, Implementation, require_interpreter, routes
 
 if TYPE_CHECKING:
@@ -130,10 +137,8 @@ def _logits(head: StudentHead | TeacherHead, counted: Tensor, logits: str) -> Te
     if logits != "bf16":
         hidden, weight = hidden.to(wide), weight.to(wide)
     bias = None if bias is None else bias.to(hidden.dtype)
-    z = torch.nn.functional.linear(hidden, weight, bias)
-    z = z if head.scale is None else z * head.scale
-    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-    return z.to(wide)
+    raw = torch.nn.functional.linear(hidden, weight, bias)
+    return scaled(raw, head.scale, head.softcap).to(wide)
 
 
 def _top_k_divergence(
