@@ -146,3 +146,25 @@ def test_softcap(dtype):
 def test_mistakes_are_told(arguments, message):
     with pytest.raises(RuntimeError, match=f"kd_loss: {message}"):
         OPS.kd_statistics.cpu(torch.ones(2, 9), *arguments, 1.0, True)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (16, 257, 33), (33, 300, 1025)], ids=str)
+def test_bf16_products(sizes):
+    """bf16 x bf16 -> fp32, odd sizes and rows with gaps, against float64 of the same numbers."""
+    if not torch.ops.slmperf.half_products():
+        pytest.skip("this processor multiplies bf16 no faster than fp32: weights are widened")
+    rows, vocabulary, width = sizes
+    hidden, weight = (torch.randn(n, width).bfloat16() for n in (rows, vocabulary))
+    bias, buffer = torch.randn(vocabulary), torch.full((rows, vocabulary + 3), torch.nan)
+    out = buffer[:, 1 : 1 + vocabulary]
+    torch.ops.slmperf.bf16_logits.cpu(hidden, weight, bias, 0.7, out)
+    wanted = 0.7 * (hidden.double() @ weight.double().mT + bias)
+    assert (out - wanted).abs().max() < 1e-6 * width**0.5 * wanted.abs().max()
+    assert buffer[:, 0].isnan().all() and buffer[:, 1 + vocabulary :].isnan().all()
+    gradient = torch.randn(rows, 2 * vocabulary).bfloat16()[:, :vocabulary]
+    total = torch.full((vocabulary, width), torch.nan)
+    wanted = gradient.double().mT @ hidden.double()
+    for times, accumulate in ((1, False), (2, True)):
+        torch.ops.slmperf.bf16_weight_gradient.cpu(gradient, hidden, total, accumulate)
+        error = (total - times * wanted).abs().max()
+        assert error < 1e-6 * rows**0.5 * wanted.abs().max()

@@ -235,9 +235,8 @@ void bf16_logits(Tensor hidden, Tensor weight, std::optional<Tensor> bias, doubl
       });
 }
 
-// out (V, D) = scale * gradient (C, V).T @ hidden (C, D), added to out when accumulate.
-void bf16_weight_gradient(Tensor gradient, Tensor hidden, double scale, Tensor out,
-                          bool accumulate) {
+// out (V, D) = gradient (C, V).T @ hidden (C, D), added to out when accumulate.
+void bf16_weight_gradient(Tensor gradient, Tensor hidden, Tensor out, bool accumulate) {
   constexpr const char* kOp = "bf16_weight_gradient";
   check_unit(kOp);
   check_halves(kOp, "gradient", gradient, "(C, V)");
@@ -257,8 +256,7 @@ void bf16_weight_gradient(Tensor gradient, Tensor hidden, double scale, Tensor o
         avx512_half::pack_columns<true>(left, column, begin, end, words);
       },
       [&](const float* quad, int64_t strips, int64_t row, int64_t column) {
-        avx512_half::write_gradient(quad, strips, row, column, static_cast<float>(scale),
-                                    accumulate, to);
+        avx512_half::write_gradient(quad, strips, row, column, accumulate, to);
       });
 }
 
@@ -273,7 +271,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slmperf, m) {
       "bf16_logits.cpu(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) out) "
       "-> ()");
   m.def(
-      "bf16_weight_gradient.cpu(Tensor gradient, Tensor hidden, float scale, Tensor(a!) out, "
+      "bf16_weight_gradient.cpu(Tensor gradient, Tensor hidden, Tensor(a!) out, "
       "bool accumulate) -> ()");
 }
 

@@ -295,10 +295,8 @@ SLMPERF_AVX512 __attribute__((noinline)) inline void write_logits(const float* q
 // Two by `right` tiles of gradient.T @ hidden into, or onto, out (V, D).
 SLMPERF_AVX512 __attribute__((noinline)) inline void write_gradient(const float* quad,
                                                                     int64_t right, int64_t row,
-                                                                    int64_t column, float scale,
-                                                                    bool accumulate,
+                                                                    int64_t column, bool accumulate,
                                                                     const Matrix<float>& out) {
-  const __m512 factor = _mm512_set1_ps(scale);
   const int64_t rows = out.rows - row < 2 * kSide ? out.rows - row : 2 * kSide;
   for (int64_t i = 0; i < rows; i++) {
     for (int64_t n = 0; n < right; n++) {
@@ -307,7 +305,7 @@ SLMPERF_AVX512 __attribute__((noinline)) inline void write_gradient(const float*
       const __m512 sum = _mm512_load_ps(quad + (i / kSide * 2 + n) * kTile + i % kSide * kSide);
       __builtin_prefetch(to + 2 * kSide, 1, 3);  // what the next quad of this row will change
       const __m512 before = accumulate ? _mm512_maskz_loadu_ps(inside, to) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(to, inside, _mm512_fmadd_ps(sum, factor, before));
+      _mm512_mask_storeu_ps(to, inside, _mm512_add_ps(sum, before));
     }
   }
 }

@@ -92,7 +92,7 @@ def weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: bool
             total, gradient.mT, hidden, total.dtype, beta=beta, alpha=1.0, out=total
         )
     elif gradient.dtype == hidden.dtype == torch.bfloat16 and has_bf16_units(total.device):
-        torch.ops.slmperf.bf16_weight_gradient.cpu(gradient, hidden, 1.0, total, not first)
+        torch.ops.slmperf.bf16_weight_gradient.cpu(gradient, hidden, total, not first)
     else:
         wide = hidden.float()
         for begin, end in _blocks(total):
