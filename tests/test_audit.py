@@ -34,7 +34,7 @@ from slmperf.bench.auditing.step import Declared, audit_step
 from slmperf.bench.roof import FORMATS, Roof
 from slmperf.check import InputError
 from slmperf.distill import DistillationConfig
-from slmperf.ops import JSD, ForwardKL, ReverseKL, SkewReverseKL
+from slmperf.ops import JSD, ForwardKL, ReverseKL
 
 V, B, L = 64, 3, 16
 FORWARD = Formula(ForwardKL())
@@ -699,14 +699,16 @@ def test_formula_reads_text():
 
 
 def test_a_divergence_that_no_term_is_known_of():
-    config = DistillationConfig(steps=1, divergence=SkewReverseKL(0.2))
+    config = DistillationConfig("out", divergence="skew_reverse_kl", alpha=0.2)
     with pytest.raises(
         InputError, match=r"divergence is SkewReverseKL\(alpha=0.2\), expected Forw"
     ):
-        Formula.of(config, 3)
-    assert Formula.of(config, 3, teacher=False).ce_weight == 1.0
-    sft = DistillationConfig(steps=1, divergence=SkewReverseKL(0.2), kd_weight=0.0, ce_weight=1.0)
-    assert Formula.of(sft, 3).divergence is None
+        Formula.of(config)
+    assert Formula.of(config, teacher=False).ce_weight == 1.0
+    sft = DistillationConfig(
+        "out", divergence="skew_reverse_kl", alpha=0.2, kd_weight=0.0, ce_weight=1.0
+    )
+    assert Formula.of(sft).divergence is None
 
 
 def test_wrong_input_is_named(student, teacher, batch):

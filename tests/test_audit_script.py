@@ -87,8 +87,10 @@ row = np.repeat(np.arange(5), 4)
 random = np.random.default_rng(0)
 sequences = [Sequence(random.integers(0, 64, 20), row, np.arange(20) % 4 == 3) for _ in range(12)]
 train(
-    model(0, 32), sequences, teacher=model(1, 64), folder=sys.argv[1], bar=False,
-    config=DistillationConfig(steps=4, context=32, batch_tokens=128, precision="fp32"))
+    model(0, 32), sequences, teacher=model(1, 64),
+    config=DistillationConfig(
+        sys.argv[1], max_steps=4, context=32, per_device_train_batch_size=4, save_strategy="no",
+        normalization="examples", sequence_sample=0.25))
 """
 
 

@@ -234,9 +234,9 @@ def test_the_step_before_and_now_are_one(quick):
 
 def test_the_step_is_that_of_the_quickstart(root):
     """Sizes as the recipe has them, and a batch as its packing makes them."""
-    from slmperf.distill import DistillationConfig
-    from slmperf.distill.packing import PackedBatches
+    from slmperf.distill import PackedBatches
     from slmperf.recipe import Recipe, material
+    from slmperf.recipe.stages import training_config
 
     recipe = Recipe.load(root / "examples/recipes/quickstart.yaml")
     stages = {stage.name: stage for stage in recipe.stages}
@@ -245,16 +245,13 @@ def test_the_step_is_that_of_the_quickstart(root):
     assert step.vocabulary == recipe.data.vocabulary
     assert step.student == student.shape.hidden
     assert step.teacher == stages[student.teacher].shape.hidden
-    config = DistillationConfig(
-        context=recipe.data.context,
-        **student.training.model_dump(include={"epochs", "batch_tokens", "sequence_sample"}),
-    )
+    config = training_config(student.training, recipe.data.context, 0, root / "unused")
     assert (config.kd_weight, config.ce_weight) == (step.kd_weight, step.ce_weight)
     made = material.prepare(recipe.data, material.read(recipe.data, None), "world")
     batches = PackedBatches(made.training, config)
     picked = [batches[index] for index in range(0, 100, 5)]
     tokens = np.median([len(batch["positions"]) for batch in picked])
-    examples = np.median([int(batch["examples"]) for batch in picked])
+    examples = np.median([int(batch["totals"][0]) for batch in picked])
     assert step.tokens == pytest.approx(tokens, rel=0.03)
     assert step.examples == pytest.approx(examples, rel=0.03)
 

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,8 @@ from slmperf.distill import (
     PackedBatches,
     train,
 )
-from slmperf.distill.trainer import batch_loss
+from slmperf.distill.step import batch_loss
+from slmperf.distill.teachers import as_teacher
 from slmperf.ops import (
     JSD,
     ForwardKL,
@@ -102,15 +104,19 @@ def make_sequences(members: int, seed: int = 0) -> list[Sequence]:
 
 
 def settings(**changes) -> DistillationConfig:
-    base = DistillationConfig(
-        steps=4,
+    base = dict(
+        output_dir="unused",
+        max_steps=4,
         context=CONTEXT,
-        batch_tokens=4 * CONTEXT,
-        precision="fp32",
-        sequence_sample=1.0,
-        warmup=0.0,
+        per_device_train_batch_size=4,
+        normalization="examples",
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        logging_steps=20,
+        seed=0,
     )
-    return replace(base, **changes)
+    return DistillationConfig(**{**base, **changes})
 
 
 def loss_by_hand(model, teacher, sequences, config) -> float:
@@ -148,15 +154,16 @@ def loss_by_hand(model, teacher, sequences, config) -> float:
 def test_loss_is_the_formula(with_teacher):
     model = make_model(spread=0.2)
     teacher = make_model("mixtral", seed=1, spread=0.2) if with_teacher else None
-    sequences, config = make_sequences(12), settings(steps=1, batch_tokens=100 * CONTEXT)
+    sequences, config = make_sequences(12), settings(max_steps=1)
     batches = PackedBatches(sequences, config)
     # One batch that holds the first epoch exactly.
-    config = replace(config, batch_tokens=batches.rows_per_epoch * CONTEXT)
+    config = settings(max_steps=1, per_device_train_batch_size=batches.rows_per_epoch)
     batch = PackedBatches(sequences, config)[0]
     with torch.no_grad():
-        found = batch_loss(model, teacher, batch, config, "fp32").loss
+        found = batch_loss(model, as_teacher(teacher), batch, config).loss
     gold = loss_by_hand(model, teacher, sequences, config)
-    assert batch["examples"] == sum(sequence.row.max() + 1 for sequence in sequences)
+    rows = sum(sequence.row.max() + 1 for sequence in sequences)
+    assert batch["totals"].tolist() == [rows, rows]
     assert gold > 0.5  # not trivial
     assert float(found) == pytest.approx(gold, rel=2e-5)
 
@@ -167,7 +174,7 @@ def test_weights_of_the_loss_need_not_sum_to_one():
 
     def value(kd_weight, ce_weight):
         config = settings(kd_weight=kd_weight, ce_weight=ce_weight)
-        return batch_loss(model, teacher, batch, config, "fp32").loss.item()
+        return batch_loss(model, as_teacher(teacher), batch, config).loss.item()
 
     kd, ce = value(1.0, 0.0), value(0.0, 1.0)
     assert kd > 0.01 and ce > 0.01
@@ -182,15 +189,25 @@ KINDS = [
     SkewReverseKL(0.1),
     TotalVariation(),
 ]
+NAMES = {
+    ForwardKL: "forward_kl",
+    ReverseKL: "reverse_kl",
+    JSD: "jsd",
+    SkewForwardKL: "skew_forward_kl",
+    SkewReverseKL: "skew_reverse_kl",
+    TotalVariation: "total_variation",
+}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
 def test_loss_on_hidden_states_is_the_loss_on_logits(kind):
     """Value and every gradient, against the logits of all tokens and the formulas in torch."""
     model, teacher = make_model(spread=0.2), make_model(seed=1, spread=0.2)
-    config = settings(divergence=kind, temperature=2.0, sequence_sample=0.5)
+    name = NAMES[type(kind)]
+    config = settings(divergence=name, beta=0.3, temperature=2.0, sequence_sample=0.5)
+    assert config.kind == kind
     batch = PackedBatches(make_sequences(20), config)[0]
-    batch_loss(model, teacher, batch, config, "fp32").loss.backward()
+    batch_loss(model, as_teacher(teacher), batch, config).loss.backward()
     found = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
 
@@ -202,7 +219,8 @@ def test_loss_on_hidden_states_is_the_loss_on_logits(kind):
     z = logits(model)
     kd = divergence_reference(z, logits(teacher), kind=kind, temperature=2.0)
     ce = torch.nn.functional.cross_entropy(z, batch["targets"], reduction="none")
-    ((0.9 * kd + 0.1 * ce) @ batch["weights"] / batch["examples"]).backward()
+    weights = 0.95 * batch["answer_share"] + 0.05 * batch["sequence_share"]
+    ((0.9 * kd + 0.1 * ce) @ weights / batch["totals"][0]).backward()
     assert_same(found, {name: value.grad for name, value in model.named_parameters()})
 
 
@@ -211,11 +229,11 @@ def test_no_gradient_where_student_equals_teacher():
     teacher = copy.deepcopy(model)
     config = settings(ce_weight=0.0)
     batch = PackedBatches(make_sequences(20), config)[0]
-    batch_loss(model, teacher, batch, config, "fp32").loss.backward()
+    batch_loss(model, as_teacher(teacher), batch, config).loss.backward()
     largest = max(float(value.grad.abs().max()) for value in model.parameters())
     model.zero_grad()
     other = make_model(seed=5, spread=0.2)
-    batch_loss(model, other, batch, config, "fp32").loss.backward()
+    batch_loss(model, as_teacher(other), batch, config).loss.backward()
     other = max(float(value.grad.abs().max()) for value in model.parameters())
     assert largest < 1e-5 * other
     assert all(value.grad is None for value in teacher.parameters())
@@ -225,7 +243,7 @@ def test_no_gradient_where_student_equals_teacher():
 def test_packed_logits_equal_those_alone(kind):
     model = make_model(kind, spread=0.2).eval()
     sequences = make_sequences(40)
-    batches = PackedBatches(sequences, settings(batch_tokens=8 * CONTEXT))
+    batches = PackedBatches(sequences, settings(per_device_train_batch_size=8))
     batch = batches[0]
     assert "attention_mask" in batch
     with torch.no_grad():
@@ -249,7 +267,7 @@ def test_packed_logits_equal_those_alone(kind):
 
 def test_batches_repeat_and_cover_every_sequence():
     sequences = make_sequences(50)
-    config = settings(sequence_sample=0.3, epochs=3, steps=None)
+    config = settings(sequence_sample=0.3, num_train_epochs=3, max_steps=-1)
     first, again = PackedBatches(sequences, config), PackedBatches(sequences, config)
     late = len(first) - 1
     for name, value in first[late].items():  # asked for out of order, as a resumed run does
@@ -266,18 +284,19 @@ def test_rows_that_are_only_shown_have_no_weight():
     """A later window opens with rows that an earlier one labels: context, no examples."""
     [whole] = make_sequences(1)
     answer = whole.answer & (whole.row > 0)
-    batch = PackedBatches([replace(whole, answer=answer)], settings(batch_tokens=CONTEXT))[0]
-    assert int(batch["examples"]) == whole.row.max()
-    assert float(batch["weights"].sum()) == pytest.approx(whole.row.max())
+    config = settings(per_device_train_batch_size=1)
+    batch = PackedBatches([replace(whole, answer=answer)], config)[0]
+    assert batch["totals"].tolist() == [whole.row.max()] * 2
+    for share in ("answer_share", "sequence_share"):
+        assert float(batch[share].sum()) == pytest.approx(whole.row.max())
     assert not {int(at) + 1 for at in batch["positions"]} & set(np.flatnonzero(whole.row <= 0))
 
 
 def test_sampled_sequence_tokens_keep_the_expected_weight():
     sequences = make_sequences(200)
-    whole, sampled = settings(), settings(sequence_sample=0.25)
-    wanted = PackedBatches(sequences, whole)
+    wanted = PackedBatches(sequences, settings())
     rows = wanted.rows_per_epoch
-    everything = replace(sampled, batch_tokens=rows * CONTEXT, steps=30)
+    everything = settings(sequence_sample=0.25, per_device_train_batch_size=rows, max_steps=30)
     batches = PackedBatches(sequences, everything)
     sums, answers = [], sum(int(sequence.answer.sum()) for sequence in sequences)
     for epoch in range(30):
@@ -285,7 +304,8 @@ def test_sampled_sequence_tokens_keep_the_expected_weight():
         kept = (batch["targets"] == YES) | (batch["targets"] == NO)
         assert int(kept.sum()) == answers  # an answer is never dropped
         assert len(batch["targets"]) < 0.55 * len(batches.ids)
-        sums.append(float(batch["weights"].sum()))
+        shares = 0.95 * batch["answer_share"] + 0.05 * batch["sequence_share"]
+        sums.append(float(shares.sum()))
     assert np.mean(sums) == pytest.approx(answers, rel=2e-3)  # each example weighs 0.95 + 0.05
 
 
@@ -297,17 +317,12 @@ class _Gradients(TrainerCallback):
             self.found = {name: value.grad.clone() for name, value in model.named_parameters()}
 
 
-def first_gradient(
-    folder: Path, config: DistillationConfig, world_size: int = 1
-) -> dict[str, torch.Tensor]:
-    batches = PackedBatches(make_sequences(60), config, world_size)
+def first_gradient(folder: Path, **changes) -> dict[str, torch.Tensor]:
     trainer = DistillationTrainer(
         make_model(spread=0.2),
-        batches,
+        settings(output_dir=str(folder), max_steps=1, rows_per_step=8, **changes),
+        make_sequences(60),
         teacher=make_model(seed=1),
-        config=config,
-        folder=folder,
-        bar=False,
     )
     gradients = _Gradients()
     trainer.add_callback(gradients)
@@ -325,15 +340,16 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def test_a_step_is_the_same_in_one_batch_and_in_four(tmp_path):
-    one = first_gradient(tmp_path / "one", settings(steps=1, batch_tokens=8 * CONTEXT))
-    four = first_gradient(
-        tmp_path / "four", settings(steps=1, batch_tokens=2 * CONTEXT, accumulation=4)
-    )
+    one = first_gradient(tmp_path / "one")
+    four = first_gradient(tmp_path / "four", gradient_accumulation_steps=4)
     assert_same(four, one)
 
 
 def test_a_step_is_the_same_on_two_ranks(tmp_path):
-    one = first_gradient(tmp_path / "one", settings(steps=1, batch_tokens=8 * CONTEXT))
+    one = first_gradient(tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     ranks = []
     for rank in range(2):
         env = child_environment() | {
@@ -341,7 +357,7 @@ def test_a_step_is_the_same_on_two_ranks(tmp_path):
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(20000 + os.getpid() % 20000),
+            "MASTER_PORT": str(port),
         }
         ranks.append(subprocess.Popen([sys.executable, __file__, "rank", str(tmp_path)], env=env))
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
@@ -349,11 +365,12 @@ def test_a_step_is_the_same_on_two_ranks(tmp_path):
 
 
 def test_training_learns_and_reports(tmp_path, capsys):
-    model, config = (
-        make_model(spread=0.05),
-        settings(steps=60, learning_rate=1e-2, precision="auto"),
-    )
-    result = train(model, make_sequences(200), config=config, folder=tmp_path / "sft", bar=False)
+    model = make_model(spread=0.05)
+
+    def config(name):
+        return settings(output_dir=str(tmp_path / name), max_steps=60, learning_rate=1e-2)
+
+    result = train(model, make_sequences(200), config=config("sft"), precision="auto")
     assert result.steps == 60 and len(result.losses) == 60 and result.resumed_from == 0
     assert result.losses[-10:].mean() < 0.8 * result.losses[:3].mean()
     assert json.loads((tmp_path / "sft/settings.json").read_text())["precision"] == result.precision
@@ -365,9 +382,8 @@ def test_training_learns_and_reports(tmp_path, capsys):
         student,
         make_sequences(200),
         teacher=model,
-        config=config,
-        folder=tmp_path / "kd",
-        bar=False,
+        config=config("kd"),
+        precision="auto",
     )
     assert kd.losses[-10:].mean() < 0.5 * kd.losses[:3].mean()
     with capsys.disabled():
@@ -383,9 +399,7 @@ def test_mixture_of_experts_trains(tmp_path):
     result = train(
         model,
         make_sequences(100),
-        config=settings(steps=20, learning_rate=1e-2),
-        folder=tmp_path,
-        bar=False,
+        config=settings(output_dir=str(tmp_path), max_steps=20, learning_rate=1e-2),
     )
     assert result.losses[-5:].mean() < result.losses[:3].mean()
     assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -400,12 +414,13 @@ def resumable(folder: Path, pause: float = 0.0):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     config = settings(
-        steps=24,
-        accumulation=2,
+        output_dir=str(folder),
+        max_steps=24,
+        gradient_accumulation_steps=2,
         learning_rate=3e-3,
         sequence_sample=0.5,
-        checkpoint_steps=3,
-        warmup=0.2,
+        save_steps=3,
+        warmup_steps=0.2,
     )
     if pause:
         forward = model.forward
@@ -416,9 +431,7 @@ def resumable(folder: Path, pause: float = 0.0):
 
         model.forward = slow
     sequences = make_sequences(30)
-    result = train(
-        model, sequences, teacher=make_model(seed=1), config=config, folder=folder, bar=False
-    )
+    result = train(model, sequences, teacher=make_model(seed=1), config=config)
     return model, result
 
 
@@ -441,7 +454,7 @@ def test_killed_training_ends_as_an_undisturbed_one(tmp_path):
         )
         limit = time.monotonic() + 90
         while (
-            not list(folder.glob("checkpoint-*6"))
+            not list(folder.glob("checkpoint-6"))
             and child.poll() is None
             and time.monotonic() < limit
         ):
@@ -468,16 +481,18 @@ def test_killed_training_ends_as_an_undisturbed_one(tmp_path):
         torch.equal(again.get_parameter(name), value) for name, value in wanted.named_parameters()
     )
     with pytest.raises(InputError, match=r"holds another training, its config\.") as raised:
-        train(make_model(), make_sequences(30), config=settings(steps=5), folder=folder, bar=False)
+        other = settings(output_dir=str(folder), max_steps=5)
+        train(make_model(), make_sequences(30), config=other)
     assert "\n" not in str(raised.value)
 
 
 def test_half_written_checkpoint_is_not_taken(tmp_path):
     folder = tmp_path / "run"
     _, first = resumable(folder)
-    newest = sorted(folder.glob("checkpoint-*"))[-1]
-    newest.rename(folder / f".{newest.name}.new-1")  # what a kill inside a write leaves
-    (folder / f".{newest.name}.new-1" / "model.safetensors").write_bytes(b"torn")
+    newest = folder / "checkpoint-24"
+    (folder / "ended.json").unlink()
+    newest.rename(folder / f".{newest.name}.new-4194303")  # what a kill inside a write leaves
+    (folder / f".{newest.name}.new-4194303" / "model.safetensors").write_bytes(b"torn")
     _, second = resumable(folder)
     assert second.resumed_from == 21 and np.array_equal(first.losses, second.losses)
 
@@ -489,30 +504,24 @@ def test_bad_input_is_one_line(tmp_path):
     other.resize_token_embeddings(VOCABULARY + 1)
     good = make_sequences(3)
     broken = [replace(good[0], row=good[0].row[:-1])]
+    config = settings(output_dir=str(tmp_path / "run"))
     cases = [
-        (lambda: DistillationConfig(), "wanted one of steps and epochs"),
         (lambda: settings(learning_rate=0.0), "learning_rate is 0.0, wanted more than 0"),
         (lambda: settings(sequence_sample=0.0), "sequence_sample is 0.0"),
-        (lambda: settings(precision="fp16"), "precision is 'fp16'"),
+        (lambda: settings(divergence="kl"), "divergence is 'kl', wanted forward_kl or"),
+        (lambda: settings(fp16=True), "fp16 is True"),
+        (lambda: settings(kd_weight=0.0, ce_weight=0.0), "kd_weight is 0.0, wanted more than 0"),
+        (lambda: train(make_model(), good, config=config, precision="fp16"), "precision is 'fp16'"),
+        (lambda: train(make_model(), [], config=config), "there are no examples"),
+        (lambda: train(make_model(), broken, config=config), "wanted equal numbers"),
         (
-            lambda: train(make_model(), [], config=settings(), folder=tmp_path),
-            "no training sequences",
-        ),
-        (
-            lambda: train(make_model(), broken, config=settings(), folder=tmp_path),
-            "wanted equal numbers",
-        ),
-        (
-            lambda: train(make_model(), good, config=settings(context=8), folder=tmp_path),
+            lambda: train(make_model(), good, config=settings(context=8)),
             "wanted at most context = 8",
         ),
+        (lambda: train(LlamaForCausalLM(short), good, config=config), "knows 8 positions"),
         (
-            lambda: train(LlamaForCausalLM(short), good, config=settings(), folder=tmp_path),
-            "knows 8 positions",
-        ),
-        (
-            lambda: train(make_model(), good, teacher=other, config=settings(), folder=tmp_path),
-            "the teacher has a vocabulary of 97, wanted the student's 96",
+            lambda: train(make_model(), good, teacher=other, config=config),
+            "97",
         ),
     ]
     for call, message in cases:
@@ -529,9 +538,7 @@ if __name__ == "__main__":
         resumable(target, pause=0.05)
     elif job == "rank":
         rank = int(os.environ["RANK"])
-        found = first_gradient(
-            target / f"rank{rank}", settings(steps=1, batch_tokens=4 * CONTEXT), world_size=2
-        )
+        found = first_gradient(target / "ranks")
         if rank == 0:
             torch.save(
                 {name.removeprefix("module."): value for name, value in found.items()},

@@ -31,6 +31,10 @@ ENGINES = {"sglang": "serve/sglang.py", "vllm": "serve/vllm.py"}
 LAZY = {"transformers", "flashinfer", "cupy", "triton", "matplotlib"}
 # Exempt, and why.
 AT_MODULE_LEVEL = {
+    "slmperf.distill.callbacks": "its class derives from transformers.TrainerCallback",
+    "slmperf.distill.config": "its class derives from transformers.TrainingArguments",
+    "slmperf.distill.on_policy.generators": "its processor derives from one of transformers",
+    "slmperf.distill.progress": "its class derives from transformers.TrainerCallback",
     "slmperf.distill.trainer": "its class derives from transformers.Trainer",
     "slmperf.engine.engine": "its cache derives from transformers.DynamicCache",
     "slmperf.testing.interpreter": "it mends triton's interpreter",

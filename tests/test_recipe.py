@@ -336,8 +336,9 @@ def test_bad_recipes(capsys, monkeypatch, tmp_path, rows, old, new, said):
     ],
 )
 def test_every_divergence_has_a_word(words, kind):
-    config = training_config(Training(steps=1, temperature=2.0, **words), context=8, seed=3)
-    assert config.divergence == kind
+    training = Training(steps=1, temperature=2.0, **words)
+    config = training_config(training, context=8, seed=3, folder=Path("unused"))
+    assert config.kind == kind
     assert (config.temperature, config.context, config.seed) == (2.0, 8, 3)
 
 

@@ -122,8 +122,12 @@ def _run(
     hooks = [layer.register_forward_pre_hook(keep)]
     if layer not in _KNOWN:
         hooks.append(layer.register_forward_hook(lambda *call: raw.append(call[2])))
+    plain: dict[str, Any] = {"use_cache": False}
+    if getattr(getattr(inner, "config", None), "output_router_logits", False):
+        # A mixture would make a loss of them, from a padding mask, which a packed batch has not.
+        plain["output_router_logits"] = False
     try:
-        outputs = model(**{**inputs, "use_cache": False})
+        outputs = model(**{**inputs, **_mask(inner, inputs), **plain})
     finally:
         for hook in hooks:
             hook.remove()
@@ -153,6 +157,27 @@ def _run(
     wanted = dtype or cast or hidden.dtype
     bias = None if bias is None else bias.to(wanted)
     return hidden.to(wanted), weight.to(wanted), bias, scaling.softcap, scaling.scale
+
+
+def _mask(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A 4-d bool mask, True where attended, as the model's attention takes it.
+
+    Transformers hands it on as it is: SDPA knows what a bool means, eager attention adds it to the
+    scores, where True would be 1.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 4 or mask.dtype != torch.bool:
+        return {}
+    kind = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
+    if kind == "sdpa":
+        return {}
+    if kind != "eager":
+        raise InputError(
+            f"kd_loss: attention_mask is 4-d and the attention of {type(model).__name__} is "
+            f"{kind}, expected sdpa or eager, or rows of one example (packing=False)"
+        )
+    added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return {"attention_mask": added.masked_fill(~mask, torch.finfo(model.dtype).min)}
 
 
 def _fully_sharded(model: torch.nn.Module) -> bool:

@@ -1,18 +1,20 @@
 """The loss of distillation, from the hidden states of both models (slmperf.ops.kd_loss).
 
-As slmperf.distill.train takes it: an example is one history row i with its answer tokens A_i and
-all its tokens S_i (A_i included). A token t weighs
+As DistillationTrainer takes it. A token t as a target costs
 
-    w_t = answer_weight / |A_i| * [t in A_i]  +  sequence_weight / |S_i|
+    l_t = kd_weight * D(teacher_t, student_t) + ce_weight * CE(student_t, target_t)
 
-and the loss of a step is
+and without a teacher CE alone. A are the answer tokens of a step, S all tokens of what has answers
+(A among them): over all accumulated batches and all ranks, so that neither how a step is cut into
+batches nor how examples spread over ranks changes its loss, which is
 
-    1/N * sum_t w_t * (kd_weight * D(teacher_t, student_t) + ce_weight * CE(student_t, target_t))
+    tokens     answer_weight / |A| * sum_A l_t  +  sequence_weight / |S| * sum_S l_t
+    examples   1/N * sum_i ( answer_weight / |A_i| * sum_{A_i} l_t
+                             + sequence_weight / |S_i| * sum_{S_i} l_t )
 
-with N the number of examples of the step: over all accumulated batches and all ranks, so that
-neither how a step is cut into batches nor how examples spread over ranks changes it. Without a
-teacher: CE alone, weight 1. The teacher's logits carry no gradient. Weights 0.95 / 0.05 and 0.9 /
-0.1, D the forward KL: arXiv 2502.14305, section 3.
+by `normalization`: over the step's tokens, or the mean of its N examples (rows of a history), each
+over its own. The teacher's logits carry no gradient. There are no further terms. Weights 0.95 /
+0.05 and 0.9 / 0.1, D the forward KL: arXiv 2502.14305, section 3.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
-"""Training sequences packed into rows of a fixed length, and batches of rows in a seeded order.
+"""Examples packed into rows of a fixed length, and batches of rows in a seeded order.
 
-Several members share one row. A token sees only earlier tokens of its own sequence, and positions
-restart with each sequence: a packed sequence gets the logits it would get alone. The block-diagonal
-causal mask is given as a 4-d mask, which Transformers hands to eager and SDPA attention as it is.
+Several examples share one row. A token sees only earlier tokens of its own example, and positions
+restart with each: a packed example gets the logits it would get alone. The block-diagonal causal
+mask is a 4-d one, which Transformers hands to attention as it is (slmperf.distill.heads).
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +19,17 @@ from torch import Tensor
 
 from slmperf.check import InputError
 from slmperf.distill.config import DistillationConfig
+from slmperf.distill.examples import Example, example_of, examples_of
 from slmperf.distill.weights import answer_weights
 
-if TYPE_CHECKING:
-    from slmperf.data import TrainingSequence
+Batch = dict[str, Tensor]
 
 _ROUND = 8  # rows are padded to a multiple of this many tokens: aligned matrix products
+_EVALUATION = 0  # seed of the order in which examples are evaluated
 
 
 def pack(lengths: np.ndarray, context: int, random: np.random.Generator) -> list[list[int]]:
-    """Indices of sequences per row: best fit, longest first, ties and rows in random order.
+    """Indices of examples per row: best fit, longest first, ties and rows in random order.
 
     The number of rows depends on the lengths alone, so every epoch has the same number.
     """
@@ -55,144 +58,231 @@ def pack(lengths: np.ndarray, context: int, random: np.random.Generator) -> list
     return [rows[row] for row in random.permutation(len(rows))]
 
 
-class PackedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Batch number i of a training, as a function of the sequences, the configuration and i alone.
+class _Marked:
+    """Examples one after the other, and what each token adds to the loss as a target.
+
+    answer_share    (T,) fp32 of the mean over answers
+    sequence_share  (T,) fp32 of the mean over all tokens
+    totals          (E, 2) fp64, what each example adds to the two numbers that are divided by
+    """
+
+    def __init__(self, examples: list[Example], normalization: str) -> None:
+        self.lengths = np.array([len(one.ids) for one in examples], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.ids = np.concatenate([one.ids for one in examples])
+        self.answers = np.concatenate([one.answer for one in examples])
+        rows, first = [], 0
+        for one in examples:  # rows of different examples get different numbers
+            rows.append(np.where(one.row < 0, -1, one.row + first))
+            first += int(one.row.max(initial=-1)) + 1
+        row = torch.from_numpy(np.concatenate(rows))
+        marks = torch.from_numpy(self.answers)
+        shares = [
+            answer_weights(row, marks, answer_weight=a, sequence_weight=1 - a).numpy()
+            for a in (1.0, 0.0)
+        ]
+        if normalization == "tokens":
+            shares = [(share > 0).astype(np.float32) for share in shares]
+        self.answer_share, self.sequence_share = shares
+        # Over an example, the shares sum to what is divided by: its tokens, or its answered rows.
+        sums = [np.add.reduceat(share.astype(np.float64), self.starts[:-1]) for share in shares]
+        self.totals = np.stack(sums, axis=1).round()
+
+
+class PackedBatches(torch.utils.data.Dataset[Batch]):
+    """Batch number i of a training, as a function of the examples, the configuration and i alone.
 
     Rows of one epoch follow those of the epoch before, so all batches have the same number of rows.
+    `once` is for evaluation: every example one time, in a fixed order and all of its tokens; the
+    last batch may be smaller.
 
-    A batch holds (R rows, L <= context tokens, n positions that enter the loss):
+    A batch holds (R rows, L <= context tokens, n positions that enter the loss, S examples):
         input_ids       (R, L) int64
         position_ids    (R, L) int64
         attention_mask  (R, 1, L, L) bool, True where attended; absent when every row holds one
-                        sequence (plain causal attention is then the same)
-        positions       (n,) int64 into the R * L tokens: where `targets` are predicted
+                        example (plain causal attention is then the same)
+        positions       (n,) int64 into the R * L tokens: where `targets` are predicted; example
+                        by example, ascending
         targets         (n,) int64
-        weights         (n,) fp32
-        examples        () int64, history rows that are answered
+        answer          (n,) bool
+        answer_share, sequence_share  (n,) fp32, a target's part of the two means of the loss
+        totals          (2,) fp32, what the batch adds to the two numbers those are divided by
         tokens          () int64, without padding
+        number          () int64, the batch's; -1 where it has none
+        examples        (S,) int64, their places in the data set; -1 for text of the student's own
+        lengths, counts (S,) int64, tokens and positions of each
+        places          (n,) int64, of the positions within their example
     """
 
     def __init__(
-        self, sequences: Sequence[TrainingSequence], config: DistillationConfig, world_size: int = 1
+        self,
+        examples: Sequence[Any],
+        config: DistillationConfig,
+        world_size: int = 1,
+        *,
+        once: bool = False,
     ) -> None:
-        if not sequences:
-            raise InputError("train: there are no training sequences, wanted at least one")
-        self.config = config
-        self.lengths = np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
+        self.config, self.once = config, once
+        found = examples_of(examples)
+        self.keys = [one.key for one in found]
+        self._marked = _Marked(found, config.normalization)
+        self.lengths, self.ids = self._marked.lengths, self._marked.ids
+        self.answers = self._marked.answers
         if self.lengths.max() > config.context:
-            worst = sequences[int(self.lengths.argmax())]
+            worst = int(self.lengths.argmax())
             raise InputError(
-                f"train: the sequence of member {worst.member} has {self.lengths.max()} tokens, "
+                f"train: example {worst} has {self.lengths[worst]} tokens, "
                 f"wanted at most context = {config.context}"
             )
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.ids = np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)
-        self.answers = np.concatenate([sequence.answer for sequence in sequences]).astype(bool)
-        self.weights, self.examples = _weights(sequences, config, self.starts[:-1])
-        if not self.weights.any():
-            raise InputError(
-                "train: no token of any sequence has a weight, wanted at least one answered row"
-            )
-        self.rows_per_batch = max(1, config.batch_tokens // config.context)
+        self.rows_per_batch = (
+            config.per_device_eval_batch_size if once else config.rows_per_batch(world_size)
+        )
+        # An example without an answer weighs nothing, and takes no room.
+        (self.used,) = self._marked.totals[:, 0].nonzero()
         self._epoch = -1
         self._rows: list[list[int]] = []
         self._load_epoch(0)
         self.rows_per_epoch = len(self._rows)
-        if config.steps is not None:
-            self.steps = config.steps
+        per_step = self.rows_per_batch * config.gradient_accumulation_steps * world_size
+        self.steps_per_epoch = self.rows_per_epoch / per_step
+        if config.max_steps > 0:
+            self.steps = config.max_steps
         else:
-            assert config.epochs is not None  # DistillationConfig: one of steps and epochs
-            rows = config.epochs * self.rows_per_epoch
-            self.steps = max(
-                1, round(rows / (self.rows_per_batch * config.accumulation * world_size))
-            )
-        self._length = self.steps * config.accumulation * world_size
+            self.steps = max(1, round(config.num_train_epochs * self.steps_per_epoch))
+        if once:
+            self._length = -(-self.rows_per_epoch // self.rows_per_batch)
+        else:
+            self._length = self.steps * config.gradient_accumulation_steps * world_size
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
         first = index * self.rows_per_batch
-        packed = []  # (sequences of the row, the epoch's mask of tokens kept in the loss)
-        for row in range(first, first + self.rows_per_batch):
+        last = first + self.rows_per_batch
+        if self.once:
+            last = min(last, self.rows_per_epoch)
+        packed = []  # (examples of the row, the epoch's mask of tokens kept in the loss)
+        for row in range(first, last):
             epoch, place = divmod(row, self.rows_per_epoch)
             self._load_epoch(epoch)
             packed.append((self._rows[place], self._kept))
-        return self._collate(packed)
+        return self._batch(self._marked, packed, index)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the examples: their tokens, and what each weighs."""
+        marked, digest = self._marked, hashlib.sha256()
+        for array in (marked.ids, marked.lengths, marked.answer_share, marked.sequence_share):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def key(self, index: int) -> int | str:
+        """What a teacher's cache calls an example: its own key, or its place."""
+        key = self.keys[index]
+        return index if key is None else key
+
+    def tokens(self, index: int) -> np.ndarray:
+        """(L,) int64, an example's."""
+        start, stop = self._marked.starts[index : index + 2]
+        return self.ids[start:stop]
+
+    def prompt(self, index: int) -> np.ndarray:
+        """(P >= 1,) int64, the tokens before an example's first answer; all of one without one."""
+        start, stop = self._marked.starts[index : index + 2]
+        (answers,) = self._marked.answers[start:stop].nonzero()
+        return self.tokens(index)[: answers[0] if len(answers) else None]
+
+    def collate(self, given: Sequence[Any], number: int = -1) -> Batch:
+        """One batch of other examples, all their tokens, packed as the configuration says."""
+        marked = _Marked(
+            [example_of(one, place) for place, one in enumerate(given)], self.config.normalization
+        )
+        rows = self._packed(marked.lengths, np.random.default_rng([self.config.seed, 0]))
+        everything = np.ones(len(marked.ids), bool)
+        batch = self._batch(marked, [(row, everything) for row in rows], number, sample=1.0)
+        return {**batch, "examples": torch.full_like(batch["examples"], -1)}
+
+    def _packed(self, lengths: np.ndarray, random: np.random.Generator) -> list[list[int]]:
+        if self.config.packing:
+            return pack(lengths, self.config.context, random)
+        return [[one] for one in random.permutation(len(lengths)).tolist()]
 
     def _load_epoch(self, epoch: int) -> None:
-        """Row order and sample of sequence tokens, from (seed, epoch): resumed runs repeat them."""
+        """Row order and sample of other tokens, from (seed, epoch): resumed runs repeat them."""
         if epoch == self._epoch:
             return
-        random = np.random.default_rng([self.config.seed, epoch])
-        self._rows = pack(self.lengths, self.config.context, random)
-        share = self.config.sequence_sample
-        self._kept = self.answers | (random.random(len(self.ids), dtype=np.float32) < share)
+        seed = _EVALUATION if self.once else self.config.seed
+        random = np.random.default_rng([seed, epoch])
+        rows = self._packed(self.lengths[self.used], random)
+        self._rows = [self.used[row].tolist() for row in rows]
+        share = 1.0 if self.once else self.config.sequence_sample
+        drawn = random.random(len(self.ids), dtype=np.float32)
+        self._kept = self._marked.answers | (drawn < share)
         self._epoch = epoch
 
-    def _collate(self, packed: list[tuple[list[int], np.ndarray]]) -> dict[str, Tensor]:
-        used = max(int(self.lengths[row].sum()) for row, _ in packed)
+    def _batch(
+        self,
+        marked: _Marked,
+        packed: list[tuple[list[int], np.ndarray]],
+        number: int,
+        sample: float | None = None,
+    ) -> Batch:
+        if sample is None:
+            sample = 1.0 if self.once else self.config.sequence_sample
+        used = max(int(marked.lengths[row].sum()) for row, _ in packed)
         width = min(-(-used // _ROUND) * _ROUND, self.config.context)
         shape = (len(packed), width)
-        ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        ids = np.zeros(shape, np.int64)
+        # Those of padding go on counting: at a 0 Transformers would begin another sequence.
+        position_ids = np.tile(np.arange(width), (len(packed), 1))
         # Padding is a segment of its own: no row of the mask is empty, which would give NaN.
         segment = np.full(shape, -1, np.int64)
-        weights = np.zeros(shape, np.float32)
+        answer = np.zeros(shape, bool)
+        answer_share, sequence_share = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        scale = np.float32(1.0 / sample)
         for line, (row, kept) in enumerate(packed):
             at = 0
-            for number, index in enumerate(row):
-                begin, length = self.starts[index], self.lengths[index]
+            for place, index in enumerate(row):
+                begin, length = marked.starts[index], marked.lengths[index]
                 source, target = slice(begin, begin + length), slice(at, at + length)
-                ids[line, target] = self.ids[source]
+                ids[line, target] = marked.ids[source]
                 position_ids[line, target] = np.arange(length)
-                segment[line, target] = number
-                scale = np.where(self.answers[source], 1.0, 1.0 / self.config.sequence_sample)
-                weights[line, target] = self.weights[source] * kept[source] * scale
+                segment[line, target] = place
+                answer[line, target] = marked.answers[source]
+                answer_share[line, target] = marked.answer_share[source]
+                scaled = np.where(marked.answers[source], np.float32(1.0), scale)
+                sequence_share[line, target] = marked.sequence_share[source] * kept[source] * scaled
                 at += length
-        flat = weights.reshape(-1)
-        # A first token weighs 0, so the position before a target is in the same sequence.
-        (targets,) = flat.nonzero()
+        weights = self.config.answer_weight, self.config.sequence_weight
+        counted = answer_share * weights[0] + sequence_share * weights[1]
+        # A first token weighs 0, so the position before a target is in the same example.
+        (targets,) = counted.reshape(-1).nonzero()
+        order = [index for row, _ in packed for index in row]
+        lengths = marked.lengths[order]
+        # Examples counted through all rows: which one a target is of.
+        sizes = np.array([len(row) for row, _ in packed])
+        owner = (np.cumsum(sizes) - sizes)[:, None] + segment
+        counts = np.bincount(owner.reshape(-1)[targets], minlength=len(order))
         batch = {
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(position_ids),
             "positions": torch.from_numpy(targets - 1),
             "targets": torch.from_numpy(ids.reshape(-1)[targets]),
-            "weights": torch.from_numpy(flat[targets]),
-            "examples": torch.tensor(
-                sum(self.examples[index] for row, _ in packed for index in row)
-            ),
-            "tokens": torch.tensor(int((segment >= 0).sum())),
+            "answer": torch.from_numpy(answer.reshape(-1)[targets]),
+            "answer_share": torch.from_numpy(answer_share.reshape(-1)[targets]),
+            "sequence_share": torch.from_numpy(sequence_share.reshape(-1)[targets]),
+            "totals": torch.from_numpy(marked.totals[order].sum(axis=0).astype(np.float32)),
+            "tokens": torch.tensor(int(lengths.sum())),
+            "number": torch.tensor(number),
+            "examples": torch.tensor(order, dtype=torch.int64),
+            "lengths": torch.from_numpy(lengths),
+            "counts": torch.from_numpy(counts.astype(np.int64)),
+            "places": torch.from_numpy(position_ids.reshape(-1)[targets] - 1),
         }
         if any(len(row) > 1 for row, _ in packed):
             seen = torch.from_numpy(segment[:, :, None] == segment[:, None, :])
             batch["attention_mask"] = seen.tril_()[:, None]
         return batch
-
-
-def _weights(
-    sequences: Sequence[TrainingSequence], config: DistillationConfig, starts: np.ndarray
-) -> tuple[np.ndarray, list[int]]:
-    """Weight of each token of all sequences as a target (T,), before sampling, and the number of
-    answered rows of each sequence.
-    """
-    rows, examples, first = [], [], 0
-    for sequence in sequences:
-        row, answer = np.asarray(sequence.row), np.asarray(sequence.answer, dtype=bool)
-        if len(row) != len(sequence.input_ids) or len(answer) != len(sequence.input_ids):
-            raise InputError(
-                f"train: the sequence of member {sequence.member} has {len(sequence.input_ids)} "
-                f"ids, {len(row)} rows and {len(answer)} answer marks, wanted equal numbers"
-            )
-        # Rows of different sequences get different numbers.
-        rows.append(np.where(row < 0, -1, row.astype(np.int64) + first))
-        first += int(row.max(initial=-1)) + 1
-        examples.append(len(np.unique(row[answer & (row >= 0)])))
-    answers = np.concatenate([sequence.answer for sequence in sequences]).astype(bool)
-    weights = answer_weights(
-        torch.from_numpy(np.concatenate(rows)),
-        torch.from_numpy(answers),
-        answer_weight=config.answer_weight,
-        sequence_weight=config.sequence_weight,
-    ).numpy()
-    weights[starts] = 0  # nothing stands before a first token to predict it from
-    return weights, examples

@@ -1,318 +1,435 @@
 """The loop: transformers.Trainer with packed batches, our loss, and checkpoints without pickle.
 
-Trainer keeps the loop over steps, AdamW, the schedule, clipping, accumulation, devices, ranks and
-callbacks. Replaced are the batches (slmperf.distill.packing), the loss (slmperf.distill.loss), what
-a checkpoint is (slmperf.distill.checkpoint), and what is printed (slmperf.distill.progress).
+Trainer keeps the loop over steps, the optimizer, the schedule, clipping, accumulation, devices,
+ranks and callbacks. Replaced are the batches (slmperf.distill.packing), the loss
+(slmperf.distill.loss), evaluation (slmperf.distill.evaluation), what a checkpoint is
+(slmperf.distill.checkpoint), and what is printed (slmperf.distill.progress).
 
-The vocabulary head, most of the work of a small model, runs only at positions whose weight is not
-zero, in fp32, and its logits never exist all at once (slmperf.ops.kd_loss).
+The vocabulary head runs only at positions whose weight is not zero, and its logits never exist all
+at once (slmperf.ops.kd_loss). The routers' loss of a mixture of experts is not added.
+
+Over 400 lines: one class, whose methods are Trainer's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from slmperf import models
 from slmperf.check import InputError
 from slmperf.distill import checkpoint
+from slmperf.distill.callbacks import Steps
+from slmperf.distill.checks import check_best, check_packing, check_start, evaluation_sets
 from slmperf.distill.config import DistillationConfig
-from slmperf.distill.heads import student_head, teacher_head
-from slmperf.distill.loss import DistillationLoss
-from slmperf.distill.packing import PackedBatches
-from slmperf.distill.progress import Bar, Clock, LogFile
-from slmperf.ops import KDLoss
+from slmperf.distill.estimate import TrainingPlan, plan_of
+from slmperf.distill.evaluation import sample, validation
+from slmperf.distill.offload import OffloadedAdamW
+from slmperf.distill.packing import Batch, PackedBatches
+from slmperf.distill.progress import Clock, Reporter
+from slmperf.distill.step import autocast, batch_loss
+from slmperf.distill.teachers import Teacher, as_teacher
+from slmperf.models.files import remove_unfinished, write_folder
 
-
-def training_arguments(config: DistillationConfig, folder: Path, steps: int) -> TrainingArguments:
-    """Trainer's settings for `config`: nothing reported, printed or saved by Trainer itself."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,  # an item of PackedBatches is a whole batch
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=round(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        optim="adamw_torch_fused",
-        max_grad_norm=config.max_gradient_norm,
-        seed=config.seed,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-    )
+if TYPE_CHECKING:
+    from slmperf.distill.on_policy import OnPolicySampler
 
 
 class DistillationTrainer(Trainer):
-    """Trains `model` on `batches`, from `teacher` where there is one.
+    """Trains `model` on examples, from `teacher` where there is one; a transformers.Trainer.
 
-    Both are causal language models of Transformers with one vocabulary; the teacher is not changed.
-    `train(resume_from_checkpoint=...)` takes our checkpoints.
+    model             a causal language model of Transformers, trained in place
+    args              DistillationConfig
+    train_dataset     examples, see slmperf.distill.examples; anything with a length and an index
+    eval_dataset      of the same; or a dict of several
+    teacher           a model with the student's vocabulary, a TeacherCache, a ServerTeacher; None:
+                      cross entropy alone (SFT)
+    processing_class  the tokenizer, saved with each checkpoint and compared with the teacher's
+    on_policy         OnPolicySampler: batches of the student's own text
+    peft_config       of peft: trains adapters
+
+    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint in args.output_dir as if
+    nothing had happened. InputError, before anything is trained, for whatever can be known then.
     """
+
+    args: DistillationConfig
+    control: TrainerControl
 
     def __init__(
         self,
         model: PreTrainedModel,
-        batches: PackedBatches,
+        args: DistillationConfig,
+        train_dataset: Sequence[Any] | PackedBatches,
+        eval_dataset: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
-        config: DistillationConfig,
-        precision: str = "fp32",
-        folder: Path,
-        name: str = "train",
-        bar: bool = True,
+        teacher: Any = None,
+        processing_class: Any = None,
+        on_policy: OnPolicySampler | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if not isinstance(args, DistillationConfig):
+            raise InputError(
+                f"DistillationTrainer: args is {type(args).__name__}, expected DistillationConfig"
+            )
+        batches = train_dataset
+        if not isinstance(batches, PackedBatches):
+            batches = PackedBatches(train_dataset, args, args.world_size)
+        self.teacher: Teacher | None = as_teacher(teacher)
+        self.on_policy = on_policy
+        check_start(model, self.teacher, on_policy, batches, processing_class)
+        self.evaluated = evaluation_sets(eval_dataset, args)
+        check_best(args, self.evaluated, self.teacher)
+        for name in ("eval", "save", "logging"):
+            _in_steps(args, name, batches)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         use_cache = model.config.use_cache
+        offloaded = None
+        if args.offload_optimizer:
+            betas = (args.adam_beta1, args.adam_beta2)
+            kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+            offloaded = (OffloadedAdamW, kwargs)
+        callbacks = list(callbacks or [])
+        if args.early_stopping_patience is not None:
+            args.restore_callback_states_from_checkpoint = True
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
             model=model,
-            args=training_arguments(config, folder, batches.steps),
+            args=args,
             train_dataset=batches,
+            eval_dataset=self.evaluated or None,
+            processing_class=processing_class,
             data_collator=_only,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=offloaded,
         )
         # Trainer turns it off in what will be saved as config.json.
         model.config.use_cache = use_cache
-        # compute_loss divides by the examples of the whole step, so Trainer must not divide again.
+        # compute_loss divides by the totals of the whole step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
-        self.config, self.folder, self.name, self.precision = config, folder, name, precision
-        self.teacher = teacher
-        if teacher is not None:
-            teacher.to(self.args.device).eval()
+        self.remove_callback(ProgressCallback)
+        self.batches, self.folder = batches, Path(args.output_dir)
+        self.name = args.run_name or self.folder.name
+        if self.teacher is not None:
+            self.teacher.to(args.device)
         self.losses: list[float] = []  # one per finished step
         self.clock = Clock(0.0, 0)
-        self.add_callback(_Reporter(self, bar))
+        self.window: list[Batch] = []  # the batches of the step under way
+        self.step_loss = torch.zeros((), device=args.device)
+        self.gradient_norm: Tensor | None = None  # of the step under way
+        self.step_tokens = torch.zeros((), device=args.device)
+        self.saved = time.perf_counter()
+        self.add_callback(Steps(self))
+        self.add_callback(Reporter(self))
+
+    def plan(self) -> TrainingPlan:
+        """Sizes, steps, memory and flops of this training, nothing of which is run."""
+        return plan_of(self.model, self.teacher, self.batches, self.args)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train to the end; see transformers.Trainer.train.
+
+        resume_from_checkpoint: True for the newest checkpoint in output_dir, a fresh start where
+        there is none; or the folder of one.
+        """
+        if self.is_world_process_zero():
+            remove_unfinished(self.folder)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self.folder))
+        if resume_from_checkpoint:
+            path = Path(resume_from_checkpoint)
+            self._check_resumed(path)
+            if self._stopped_early(path):
+                self._load_from_checkpoint(str(path))
+                self._load_best_model()
+                return TrainOutput(self.state.global_step, sum(self.losses) / len(self.losses), {})
+        if self.args.packing:
+            check_packing(self.accelerator.unwrap_model(self.model), self.batches)
+            taught = getattr(self.teacher, "model", None)
+            if taught is not None:
+                check_packing(taught, self.batches)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _stopped_early(self, path: Path) -> bool:
+        """Whether early stopping ended the training at this checkpoint; its state is then ours."""
+        state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+        stopping: Any = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+        patience = self.args.early_stopping_patience
+        count = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if patience is None or count < patience:
+            return False
+        self.state = state
+        return True
 
     # The batches.
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the order is PackedBatches' own
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in their own order; each is an item of the data set, and not a number of them."""
+        workers = self.args.dataloader_num_workers
+        loader: DataLoader = DataLoader(
+            self.batches,
+            batch_size=1,
+            collate_fn=_only,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The batches of one step and the number of examples in them, over all ranks."""
+    ) -> tuple[list[Batch], Tensor]:
+        """The batches of one step, and what the two means of its loss are divided by (2,), over all
+        ranks; the student's own text where the sampler says so.
+        """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        examples = torch.stack([sample["examples"] for sample in samples]).sum().to(device)
-        return samples, self.accelerator.gather(examples[None]).sum().clamp(min=1)
+        if self.on_policy is not None:
+            with autocast(self.args, device):
+                samples = [self._replace(batch, device) for batch in samples]
+        self.window = samples
+        counts = torch.stack(
+            [torch.cat([one["totals"], one["tokens"][None].float()]) for one in samples]
+        )
+        counts = self.accelerator.reduce(counts.to(device).double().sum(0), reduction="sum")
+        self.step_tokens = counts[2]
+        return samples, counts[:2].float()
+
+    def _replace(self, batch: Batch, device: torch.device) -> Batch:
+        assert self.on_policy is not None
+        model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
+        drawn = self.on_policy.replace(batch, self.batches, model, step)
+        return {name: value.to(device) for name, value in drawn.items()}
 
     # The loss.
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """One batch's share of the step's loss: its weighted sum by the examples of the step."""
-        loss = batch_loss(
-            model, self.teacher, inputs, self.config, self.precision, num_items_in_batch
-        ).loss
-        self._step_loss += loss.detach()
-        self.clock.tokens += int(inputs["tokens"])
+        """One batch's share of the step's loss."""
+        loss = batch_loss(model, self.teacher, inputs, self.args, num_items_in_batch).loss
+        self.step_loss += loss.detach()
         # Gradients are averaged over ranks, and the sum is wanted.
         ranks = self.accelerator.num_processes
         return loss * ranks if ranks > 1 else loss
 
-    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: Trainer would walk all parameters at every step."""
         return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens/s, MFU and what the sampler did to what Trainer logs of a step."""
+        if "loss" in logs and self.losses:
+            # Of all steps since the last entry, also where this run began in between.
+            last = max((one["step"] for one in self.state.log_history if "loss" in one), default=0)
+            recent = self.losses[last : self.state.global_step] or self.losses[-1:]
+            logs = {**logs, "loss": sum(recent) / len(recent), **self.clock.logs()}
+            if self.on_policy is not None:
+                logs |= self.on_policy.logs()
+        super().log(logs, start_time)
+
+    # Evaluation.
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """eval_loss, the cross entropy of the answers in nats per token, and what else
+        slmperf.distill.evaluation.validation measures; logged, and given to callbacks.
+        """
+        given = self.evaluated if eval_dataset is None else evaluation_sets(eval_dataset, self.args)
+        if not given:
+            raise InputError("DistillationTrainer: evaluate: found no eval_dataset, wanted one")
+        metrics: dict[str, float] = {}
+        for name, batches in given.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            start = time.perf_counter()
+            found = validation(
+                self.model,
+                batches,
+                config=self.args,
+                teacher=None if self.teacher is None else self.teacher.of(batches),
+                label_tokens=self.args.label_tokens,
+            )
+            found["runtime"] = time.perf_counter() - start
+            metrics |= {f"{prefix}_{key}": value for key, value in found.items()}
+            if self.args.sample_generations and self.is_world_process_zero():
+                sample(
+                    self.model,
+                    batches,
+                    count=self.args.sample_generations,
+                    path=self.folder / (f"samples-{name}.jsonl" if name else "samples.jsonl"),
+                    step=self.state.global_step,
+                    tokenizer=self.processing_class,
+                )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     # Checkpoints.
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if not self.is_world_process_zero():
-            return
-        trainer_state = json.dumps(asdict(self.state))  # what TrainerState.load_from_json reads
-        clock = self.clock
-        progress = checkpoint.Progress(self.state.global_step, clock.tokens, clock.seconds)
-        checkpoint.write(
-            self.folder, self.model, self.optimizer, trainer_state, progress, self.losses
+        sampler = {} if self.on_policy is None else self.on_policy.state()
+        ranks = [checkpoint.random_states(sampler)]
+        if self.accelerator.num_processes > 1:
+            ranks = gather_object(ranks)
+        self.saved = time.perf_counter()
+        state = self.state
+        best = self.folder / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step in (state.global_step, None) or best.is_dir():
+            state.best_model_checkpoint = str(best) if state.best_global_step else None
+        failed: list[str | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                self._write_checkpoint(ranks)
+            except InputError as error:
+                failed = [str(error)]
+        if self.accelerator.num_processes > 1:  # and nobody goes on before it is whole
+            failed = gather_object(failed)
+        if failed[0] is not None:
+            raise InputError(failed[0])
+
+    def _write_checkpoint(self, ranks: list[dict[str, Tensor]]) -> None:
+        state = self.state
+        for one in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(one, ExportableState):
+                state.stateful_callbacks[type(one).__name__] = one.state()
+        progress = checkpoint.Progress(
+            state.global_step,
+            self.clock.tokens,
+            self.clock.seconds,
+            self._data(),
+            checkpoint.scheduler_state(self.lr_scheduler),
         )
+        checkpoint.write(
+            self.folder,
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.optimizer,
+            json.dumps(asdict(state)),  # what TrainerState.load_from_json reads
+            progress,
+            self.losses,
+            ranks,
+        )
+        kept = state.best_model_checkpoint
+        checkpoint.drop_old(self.folder, self.args.save_total_limit, Path(kept) if kept else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
         checkpoint.load_model(path, self.model)
+        if self.on_policy is not None:
+            sampler = checkpoint.sampler_state(path, self.accelerator.process_index)
+            if sampler is not None:
+                self.on_policy.load_state(sampler)
         progress, self.losses = checkpoint.read_progress(path)
         self.clock = Clock(progress.seconds, progress.tokens)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """save_model: without the pickled arguments that Trainer puts beside the weights."""
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            models.save(model, self.processing_class, output_dir or self.args.output_dir)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics, trial)
+        if better and self.args.load_best_model_at_end:
+            self.control.should_save = True  # the best one is kept whenever it comes
+        return better
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Keeps the norm before clipping, for Steps: one that is inf clips to zero, or to NaN."""
+        self.gradient_norm = super()._clip_grad_norm(model)
+        return self.gradient_norm
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_model(Path(self.state.best_model_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is None:
             return
         path = Path(checkpoint_path)
         checkpoint.load_optimizer(path, self.model, self.optimizer)
-        scheduler, step = self.lr_scheduler, checkpoint.read_progress(path)[0].step
-        scheduler.last_epoch = step
-        parts = scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas
-        for group, rate, factor in zip(*parts, strict=True):
-            group["lr"] = rate * factor(step)
+        checkpoint.load_scheduler(path, self.lr_scheduler, self.optimizer)
 
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
-            checkpoint.load_random_states(Path(checkpoint_path))
+            rank = self.accelerator.process_index
+            checkpoint.load_random_states(Path(checkpoint_path), rank)
 
+    def _data(self) -> str:
+        """A digest of what a resumed run must find unchanged: the examples and how they are cut."""
+        batches, args = self.batches, self.args
+        rows = batches.rows_per_batch * args.gradient_accumulation_steps * args.world_size
+        cut = (rows, args.context, args.packing, args.seed, args.sequence_sample)
+        return hashlib.sha256(f"{batches.digest} {cut!r}".encode()).hexdigest()
 
-class _Reporter(TrainerCallback):
-    """After every step: the bar, the log file, and whether a checkpoint is due."""
-
-    def __init__(self, trainer: DistillationTrainer, bar: bool) -> None:
-        first_rank = trainer.is_world_process_zero()
-        self.trainer, self.show = trainer, bar and first_rank
-        self.log = LogFile(trainer.folder / "train.log" if first_rank else None)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        self.first = state.global_step
-        self.saved = time.perf_counter()
-        self.bar = Bar(trainer.name, state.max_steps, self.first, self.show)
-        trainer._step_loss = torch.zeros((), device=args.device)
-        size = sum(value.numel() for value in trainer.model.parameters())
-        batches = trainer.train_dataset
-        self.log.line(
-            f"{trainer.name}: from step {self.first} of {state.max_steps}, {size:,} parameters, "
-            f"{len(batches.lengths):,} sequences with {len(batches.ids):,} tokens, "
-            f"{trainer.precision}"
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, step = self.trainer, state.global_step
-        trainer.losses.append(float(trainer._step_loss))
-        if not math.isfinite(trainer.losses[-1]):
+    def _check_resumed(self, path: Path) -> None:
+        if checkpoint.read_progress(path)[0].data != self._data():
             raise InputError(
-                f"{trainer.name}: the loss is {trainer.losses[-1]} at step {step}, expected a "
-                "finite one: try a lower learning_rate"
+                f"{path}: was written with other examples, rows of a step, context, packing, seed "
+                "or sequence_sample, wanted those of this training"
             )
-        trainer._step_loss.zero_()
-        last = step == state.max_steps
-        speed = trainer.clock.tokens_per_second
-        recent = trainer.losses[-trainer.config.log_steps :]
-        loss = sum(recent) / len(recent)
-        self.bar.update(step, speed, loss)
-        if last or step % trainer.config.log_steps == 0:
-            left = trainer.clock.left(step - self.first, state.max_steps - step)
-            self.log.line(
-                f"{trainer.name}: step {step}/{state.max_steps} loss {loss:.5f} "
-                f"{speed:,.0f} tokens/s left {left}"
-            )
-        every, now = trainer.config.checkpoint_steps, time.perf_counter()
-        due = now - self.saved >= trainer.config.checkpoint_seconds
-        if last or due or (every is not None and step % every == 0):
-            control.should_save = True
-            self.saved = now
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
-
-
-def batch_loss(
-    model: torch.nn.Module,
-    teacher: torch.nn.Module | None,
-    batch: dict[str, Tensor],
-    config: DistillationConfig,
-    precision: str,
-    examples: Tensor | None = None,
-) -> KDLoss:
-    """The share of a batch of PackedBatches in the loss of a step with so many examples; None: its
-    own. Layers run in `precision`, head and loss in fp32, and only where a position has a weight.
-    """
-    kd_weight, ce_weight = (0.0, 1.0) if teacher is None else (config.kd_weight, config.ce_weight)
-    whole = kd_weight + ce_weight
-    loss = DistillationLoss(
-        config.divergence, cross_entropy=ce_weight / whole, temperature=config.temperature
-    )
-    names = ("input_ids", "position_ids", "attention_mask")
-    inputs = {name: batch[name] for name in names if name in batch}
-    taken: dict[str, Any] = {"positions": batch["positions"], "dtype": torch.float32}
-    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, precision == "bf16"):
-        student = student_head(model, inputs, **taken)
-        needed = teacher is not None and loss.needs_teacher
-        from_teacher = teacher_head(teacher, inputs, **taken) if needed else None
-    examples = batch["examples"] if examples is None else examples
-    return loss(
-        student,
-        from_teacher,
-        labels=batch["targets"],
-        token_weight=batch["weights"] * whole if whole != 1.0 else batch["weights"],
-        normalizer=examples,
-    )
-
-
-def choose_precision(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    batches: PackedBatches,
-    config: DistillationConfig,
-) -> str:
-    """Time the first batch forward and backward, three times each way; the precision of the best.
-
-    Weights and the torch generator are left as they were.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = {name: value.to(device) for name, value in batches[0].items()}
-    model.to(device).train()
-    if teacher is not None:
-        teacher.to(device).eval()
-    best = {"fp32": float("inf"), "bf16": float("inf")}
-    with torch.random.fork_rng():
-        for _ in range(3):
-            for precision in best:
-                start = time.perf_counter()
-                batch_loss(model, teacher, batch, config, precision).loss.backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                best[precision] = min(best[precision], time.perf_counter() - start)
-    model.zero_grad()
-    return min(best, key=best.__getitem__)
-
-
-def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, context: int) -> None:
-    """Refuse models that know fewer positions than `context`, or have different vocabularies."""
-    for role, one in (("model", model), ("teacher", teacher)):
-        if one is not None and one.config.max_position_embeddings < context:
-            raise InputError(
-                f"train: the {role} knows {one.config.max_position_embeddings} positions, "
-                f"wanted at least context = {context}"
-            )
-    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+    def stop_at(self, reason: str) -> None:
+        """Keep the batches of the step under way for inspection, and end with an InputError."""
+        step, rank = self.state.global_step + 1, self.accelerator.process_index
+        folder = self.folder / f"failed-step-{step}-rank-{rank}"
+        with write_folder(folder) as aside:
+            for number, batch in enumerate(self.window):
+                tensors = {name: value.cpu().contiguous() for name, value in batch.items()}
+                save_file(tensors, aside / f"batch-{number}.safetensors")
+            told = {"step": step, "reason": reason, "losses": self.losses[-100:]}
+            (aside / "failure.json").write_text(json.dumps(told, indent=1))
+        last = checkpoint.checkpoints(self.folder)
+        kept = f"the last checkpoint is {last[-1].name}" if last else "no checkpoint was written"
         raise InputError(
-            f"train: the teacher has a vocabulary of {teacher.config.vocab_size}, "
-            f"wanted the student's {model.config.vocab_size}"
+            f"{self.name}: {reason} at step {step}, expected a finite one: its batches are in "
+            f"{folder}, {kept}; try a lower learning_rate"
         )
 
 
-def fingerprint(model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
-    """What a resumed run must find unchanged about the models: their configurations."""
-
-    def describe(one: PreTrainedModel | None) -> Any:
-        if one is None:
-            return None
-        ignored = ("transformers_version", "use_cache", "_name_or_path", "dtype")
-        return {
-            key: value
-            for key, value in json.loads(one.config.to_json_string()).items()
-            if key not in ignored
-        }
-
-    return {"model": describe(model), "teacher": describe(teacher)}
+def _in_steps(args: DistillationConfig, name: str, batches: PackedBatches) -> None:
+    """Turn "every epoch" into steps: to Trainer the whole training is one epoch."""
+    if getattr(args, f"{name}_strategy") == "epoch":
+        kind = type(getattr(args, f"{name}_strategy"))
+        setattr(args, f"{name}_strategy", kind("steps"))
+        setattr(args, f"{name}_steps", max(1, round(batches.steps_per_epoch)))
 
 
-def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _only(items: list[Batch]) -> Batch:
     (item,) = items
     return item

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slmperf.models.checkpoint import parameters as parameters
     from slmperf.models.checkpoint import save as save
     from slmperf.models.checkpoint import weight_bytes as weight_bytes
+    from slmperf.models.checkpoint import write_pretrained as write_pretrained
     from slmperf.models.quantized import QuantizedLinear as QuantizedLinear
     from slmperf.models.quantized import replace_linear as replace_linear
     from slmperf.models.structure import shrink as shrink
@@ -28,6 +29,7 @@ _HOMES = {
     "save": "checkpoint",
     "shrink": "structure",
     "weight_bytes": "checkpoint",
+    "write_pretrained": "checkpoint",
 }
 
 

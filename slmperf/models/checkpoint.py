@@ -32,10 +32,20 @@ def save(
 
     What was there before is replaced, whole, and only when all of it is written.
     """
-    with write_folder(folder) as aside, _without_progress_bars():
-        model.save_pretrained(aside)
+    with write_folder(folder) as aside:
+        write_pretrained(model, tokenizer, aside)
+
+
+def write_pretrained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike[str],
+) -> None:
+    """The same into a folder that the caller makes and renames, as a part of what it writes."""
+    with _without_progress_bars():
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(folder)
 
 
 def load(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

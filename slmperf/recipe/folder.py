@@ -1,4 +1,4 @@
-"""folder: the output folder of a run, and whose it is.
+"""folder: the output folder of a run, and whose it is. Of `slmperf run`:
 
 run.json                which recipe on which data; written first
 run.log                 what happened, with the time
@@ -8,6 +8,8 @@ tokenizer/              the tokenizer of all stages (each checkpoint holds it to
 floors/                 scores of the trivial predictors, to compare others with
 timings.json            latency of all stages
 results.json, report.md, report.html
+
+`slmperf distill` writes the same but floors, scores and timings.
 """
 
 from __future__ import annotations
@@ -17,24 +19,27 @@ import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slmperf.check import InputError
 from slmperf.models.files import remove_unfinished, write_atomically
 from slmperf.recipe.manifest import digest, now, versions
-from slmperf.recipe.material import Material
 from slmperf.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from slmperf.recipe.distillation.schema import Recipe as TextRecipe
 
 RUN = "run.json"
 LOCK = ".lock"
 FORMAT = 1
 
 
-def recipe_sha256(recipe: Recipe) -> str:
+def recipe_sha256(recipe: Recipe | TextRecipe) -> str:
     """sha256 of a recipe as validated, without the place where its data lie."""
     return digest(recipe.model_dump(mode="json", by_alias=True, exclude={"data": {"source"}}))
 
 
-def check(out: Path, recipe: Recipe, material: Material) -> None:
+def check(out: Path, recipe: Recipe | TextRecipe, data_sha256: str) -> None:
     """InputError unless `out` is absent, empty, or belongs to this very recipe and data."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: expected a folder, found a file")
@@ -58,15 +63,15 @@ def check(out: Path, recipe: Recipe, material: Material) -> None:
             f"{out}: holds a run of another recipe, expected {recipe.name} ({wanted[:12]}), "
             f"found {name} ({recipe_hash[:12]})"
         )
-    if data_hash != material.sha256:
+    if data_hash != data_sha256:
         raise InputError(
             f"{out}: holds a run on other data (or of another version of slmperf), "
-            f"expected {material.sha256[:12]}, found {data_hash[:12]}"
+            f"expected {data_sha256[:12]}, found {data_hash[:12]}"
         )
 
 
 @contextlib.contextmanager
-def claim(out: Path, recipe: Recipe, material: Material) -> Iterator[None]:
+def claim(out: Path, recipe: Recipe | TextRecipe, data_sha256: str) -> Iterator[None]:
     """Make the folder and hold it: a second run in it is refused while this one lives."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / LOCK, "w", encoding="utf-8") as lock:
@@ -81,7 +86,7 @@ def claim(out: Path, recipe: Recipe, material: Material) -> Iterator[None]:
                 "format": FORMAT,
                 "recipe": recipe.name,
                 "recipe_sha256": recipe_sha256(recipe),
-                "data_sha256": material.sha256,
+                "data_sha256": data_sha256,
                 "settings": recipe.model_dump(mode="json", by_alias=True),
                 "started": now(),
                 "versions": versions(),

@@ -7,27 +7,32 @@ have one each. Everything that can be refused without computing is refused here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from slmperf.check import InputError
-from slmperf.recipe.schema import (
-    DistilStage,
-    PruneAttentionStage,
-    PruneMlpStage,
-    QuantiseStage,
-    Recipe,
-    Shape,
-    Stage,
-)
+from slmperf.recipe.schema import BaseStage, PruneAttention, PruneMlp, QuantiseStage, Shape
 
 RESERVED = ("tokenizer", "floors")  # other folders in the output folder
+
+
+class Recipe(Protocol):
+    """What any kind of recipe has to say for a plan."""
+
+    @property
+    def seeds(self) -> list[int]: ...
+    @property
+    def stages(self) -> Sequence[BaseStage]: ...
+    @property
+    def tables(self) -> Mapping[str, Mapping[str, str]]: ...  # kind -> role -> stage
 
 
 @dataclass(frozen=True)
 class Job:
     """One model to make: a stage under one seed."""
 
-    stage: Stage
+    stage: Any  # a model of the recipe's schema, a BaseStage
     seed: int
     folder: str  # name below the output folder
     shape: Shape  # of the result
@@ -42,13 +47,14 @@ class Job:
         return {key: job for key, job in pairs.items() if job is not None}
 
 
-def plan(recipe: Recipe) -> list[Job]:
+def plan(recipe: Recipe, given: Mapping[str, Shape] | None = None) -> list[Job]:
     """Jobs in an order in which each comes after those it reads, else as in the recipe.
 
-    InputError for a stage that does not exist, a circle, or a model that cannot be cut as asked.
+    given: name -> shape of the stages whose models are there before the run. InputError for a stage
+    that does not exist, a circle, or a model that cannot be cut as asked.
     """
     position = {stage.name: index for index, stage in enumerate(recipe.stages)}
-    order: list[Stage] = []
+    order: list[BaseStage] = []
     for stage in recipe.stages:
         _visit(stage, recipe, position, order, [])
     made: dict[tuple[str, int], Job] = {}
@@ -56,7 +62,7 @@ def plan(recipe: Recipe) -> list[Job]:
     for stage in order:
         where = f"stages[{position[stage.name]}] ({stage.name})"
         for seed in _seeds(stage, recipe):
-            job = _job(stage, seed, recipe, made, where)
+            job = _job(stage, seed, recipe, made, where, given or {})
             made[stage.name, seed] = job
             jobs.append(job)
     _check_folders(jobs)
@@ -64,12 +70,16 @@ def plan(recipe: Recipe) -> list[Job]:
     return jobs
 
 
-def _seeds(stage: Stage, recipe: Recipe) -> list[int]:
+def _seeds(stage: BaseStage, recipe: Recipe) -> list[int]:
     return stage.seeds or recipe.seeds
 
 
 def _visit(
-    stage: Stage, recipe: Recipe, position: dict[str, int], order: list[Stage], above: list[str]
+    stage: BaseStage,
+    recipe: Recipe,
+    position: dict[str, int],
+    order: list[BaseStage],
+    above: list[str],
 ) -> None:
     if stage in order:
         return
@@ -84,13 +94,18 @@ def _visit(
     order.append(stage)
 
 
-def _reads(stage: Stage) -> dict[str, str]:
-    reads = {"from": stage.source} if stage.source else {}
-    return {**reads, "teacher": stage.teacher} if isinstance(stage, DistilStage) else reads
+def _reads(stage: BaseStage) -> dict[str, str]:
+    named = {"from": stage.source, "teacher": getattr(stage, "teacher", None)}
+    return {key: name for key, name in named.items() if name is not None}
 
 
 def _job(
-    stage: Stage, seed: int, recipe: Recipe, made: dict[tuple[str, int], Job], where: str
+    stage: BaseStage,
+    seed: int,
+    recipe: Recipe,
+    made: dict[tuple[str, int], Job],
+    where: str,
+    given: Mapping[str, Shape],
 ) -> Job:
     def read(name: str | None) -> Job | None:
         if name is None:
@@ -111,32 +126,32 @@ def _job(
         stage=stage,
         seed=seed,
         folder=stage.name if len(seeds) == 1 else f"{stage.name}-seed{seed}",
-        shape=_shape(stage, source, where),
+        shape=given[stage.name] if stage.name in given else _shape(stage, source, where),
         quantised=isinstance(stage, QuantiseStage),
         source=source,
-        teacher=read(stage.teacher) if isinstance(stage, DistilStage) else None,
+        teacher=read(getattr(stage, "teacher", None)),
     )
 
 
-def _shape(stage: Stage, source: Job | None, where: str) -> Shape:
+def _shape(stage: BaseStage, source: Job | None, where: str) -> Shape:
     if source is None:
         shape = getattr(stage, "shape", None)
         assert shape is not None  # the schema: a stage without `from` has a shape
         return shape
     before, name = source.shape, source.stage.name
-    cuts = isinstance(stage, (PruneMlpStage, PruneAttentionStage, QuantiseStage))
+    cuts = isinstance(stage, (PruneMlp, PruneAttention, QuantiseStage))
     if cuts and before.experts is not None:
         raise InputError(
             f"{where}.from: {name} is a mixture of experts, expected a dense model to {stage.stage}"
         )
-    if isinstance(stage, PruneMlpStage):
+    if isinstance(stage, PruneMlp):
         if stage.intermediate >= before.intermediate:
             raise InputError(
                 f"{where}.intermediate: expected less than the {before.intermediate} neurons "
                 f"that {name} has, found {stage.intermediate}"
             )
         return before.model_copy(update={"intermediate": stage.intermediate})
-    if isinstance(stage, PruneAttentionStage):
+    if isinstance(stage, PruneAttention):
         if stage.kv_heads >= before.kv_heads:
             raise InputError(
                 f"{where}.kv_heads: expected less than the {before.kv_heads} KV heads "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slmperf.models.files import write_atomically
 from slmperf.recipe import plots
@@ -29,9 +30,21 @@ class Plot:
 
 def write_report(results: Results, folder: Path) -> None:
     """Write report.md and report.html into the folder. The html needs nothing beside itself."""
+    content = {
+        "first_line": first_line(results),
+        "synthetic": results.data.synthetic,
+        "title": f"slmperf: {results.recipe}",
+        "summary": _summary(results),
+        "tables": tables(results),
+        "plots": _plots(results),
+    }
+    write_pages(content, Path(folder))
+
+
+def write_pages(content: Mapping[str, Any], folder: Path) -> None:
+    """Fill the templates: first_line, synthetic, title, summary (lines), tables, plots."""
     import jinja2
 
-    folder = Path(folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -41,25 +54,26 @@ def write_report(results: Results, folder: Path) -> None:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
-    content = {
-        "first_line": first_line(results),
-        "synthetic": results.data.synthetic,
-        "title": f"slmperf: {results.recipe}",
-        "summary": _summary(results),
-        "tables": tables(results),
-        "plots": _plots(results),
-        "paper_class": _paper_class,
-    }
     for name in ("report.md", "report.html"):
-        text = environment.get_template(f"{name}.j2").render(content)
+        text = environment.get_template(f"{name}.j2").render(content, paper_class=_paper_class)
         write_atomically(folder / name, text)
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
     """Print where the data is from, the main table and its notes, in colour where there is a
     terminal.
+    """
+    order = ("stage", "delta %", "AUC mean", "parameters", "AUC", "prefill ms", "MiB")
+    print_one(main_table(results), first_line(results), order, console)
 
-    A narrow terminal gets the most important columns that fit; a file or a pipe gets all of them.
+
+def print_one(
+    table: Table, first: str, order: Sequence[str], console: Console | None = None
+) -> None:
+    """Print a line, a table and its notes.
+
+    A narrow terminal gets the columns that fit, those first that begin like the words of `order`; a
+    file or a pipe gets all of them.
     """
     import rich.box
     import rich.console
@@ -67,7 +81,6 @@ def print_table(results: Results, console: Console | None = None) -> None:
     from rich.markup import escape
 
     console = console or rich.console.Console()
-    table = main_table(results)
     widths = [
         3 + max(len(line) for cell in column for line in cell.split("\n"))
         for column in zip(table.columns, *table.rows, strict=True)
@@ -77,11 +90,13 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console = rich.console.Console(file=console.file, width=max(console.width, sum(widths)))
     else:
         room, keep = console.width, set()
-        for place in sorted(range(len(widths)), key=lambda place: _rank(table.columns[place])):
+        for place in sorted(
+            range(len(widths)), key=lambda place: _rank(table.columns[place], order)
+        ):
             if widths[place] <= room:
                 room -= widths[place]
                 keep.add(place)
-    console.print(first_line(results), markup=False, highlight=False, soft_wrap=True)
+    console.print(first, markup=False, highlight=False, soft_wrap=True)
     drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for place in sorted(keep):
         drawn.add_column(
@@ -95,9 +110,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print(note, markup=False, highlight=False)
 
 
-def _rank(column: str) -> int:
-    """Place of a column of the main table when there is not room for all."""
-    order = ("stage", "delta %", "AUC mean", "parameters", "AUC", "prefill ms", "MiB")
+def _rank(column: str, order: Sequence[str]) -> int:
+    """Place of a column when there is not room for all."""
     name = column.replace("\n", " ")
     return next((place for place, start in enumerate(order) if name.startswith(start)), len(order))
 

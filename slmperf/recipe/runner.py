@@ -8,34 +8,27 @@ all are timed together.
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from slmperf import models
-from slmperf.check import InputError
 from slmperf.evaluate import Run
 from slmperf.models.files import write_atomically, write_folder
 from slmperf.recipe import folder as folders
-from slmperf.recipe import manifest as manifests
 from slmperf.recipe import material as materials
 from slmperf.recipe import timing
 from slmperf.recipe.console import Voice
-from slmperf.recipe.manifest import SCORES, Manifest
+from slmperf.recipe.manifest import SCORES
 from slmperf.recipe.material import Material
 from slmperf.recipe.plan import Job, plan
+from slmperf.recipe.reading import blame
 from slmperf.recipe.report import print_table, write_report
 from slmperf.recipe.results import Results, StageLatency
 from slmperf.recipe.schema import Recipe
 from slmperf.recipe.scoring import read_run, score, write_run
-from slmperf.recipe.stages import check_training, make, settings_of
+from slmperf.recipe.stages import check_training, make
 from slmperf.recipe.tables import tabulate
-
-INPUTS = "inputs.json"  # in the folder of a training: what it was begun from
-LOG = "train.log"  # there too: slmperf.distill's
+from slmperf.recipe.work import Work, earlier
 
 
 def run(recipe: Recipe | str | Path, out: str | Path, *, data: str | Path | None = None) -> Results:
@@ -51,7 +44,7 @@ def run(recipe: Recipe | str | Path, out: str | Path, *, data: str | Path | None
     if not isinstance(recipe, Recipe):
         base, blamed, command = Path(recipe).parent, f"{recipe}: ", _command(recipe, out, data)
         recipe = Recipe.load(recipe)
-    with _blame(blamed):
+    with blame(blamed):
         jobs = plan(recipe)
     source = Path(data) if data is not None else None
     if source is None and recipe.data.source is not None:
@@ -59,27 +52,26 @@ def run(recipe: Recipe | str | Path, out: str | Path, *, data: str | Path | None
     voice = Voice()
     rows = materials.read(recipe.data, source)
     voice.say(_opening(source, len(rows)))
-    with _blame(blamed):
+    with blame(blamed):
         material = materials.prepare(recipe.data, rows, source.name if source else "")
         check_training(jobs, material)
         timing.check(recipe.timing, material)
     out = Path(out)
-    folders.check(out, recipe, material)
-    known = {job.folder: _earlier(out / job.folder) for job in jobs}
+    folders.check(out, recipe, material.sha256)
+    known = {job.folder: earlier(out / job.folder) for job in jobs}
     begun_before = (out / folders.RUN).is_file()
-    with folders.claim(out, recipe, material):
+    with folders.claim(out, recipe, material.sha256):
         voice.log_to(out / "run.log")
-        work = _Run(recipe, jobs, material, out, voice, known)
-        return work.finish(None if begun_before else started, command)
-
-
-@contextlib.contextmanager
-def _blame(prefix: str) -> Iterator[None]:
-    """Open the line of an InputError with the file it is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{prefix}{error}") from None
+        work = Work(
+            out,
+            voice,
+            material.tokenizer,
+            material.sha256,
+            known,
+            lambda job, *where: make(job, material, *where),
+        )
+        running = _Run(recipe, jobs, material, work)
+        return running.finish(None if begun_before else started, command)
 
 
 def _command(recipe: str | Path, out: str | Path, data: str | Path | None) -> str:
@@ -93,29 +85,12 @@ def _opening(source: Path | None, rows: int) -> str:
     return f"data: {source}, {rows:,} rows"
 
 
-def _earlier(folder: Path) -> Manifest | None:
-    """The manifest an earlier run left, its files found whole; None for an unfinished stage."""
-    manifest = manifests.read(folder)
-    if manifest is not None:
-        manifests.check_files(folder, manifest)
-    return manifest
-
-
 class _Run:
     """The work on one output folder."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        jobs: list[Job],
-        material: Material,
-        out: Path,
-        voice: Voice,
-        known: dict[str, Manifest | None],
-    ) -> None:
-        self.recipe, self.jobs, self.material = recipe, jobs, material
-        self.out, self.voice, self.known = out, voice, known
-        self.done: dict[str, Manifest] = {}
+    def __init__(self, recipe: Recipe, jobs: list[Job], material: Material, work: Work) -> None:
+        self.recipe, self.jobs, self.material, self.work = recipe, jobs, material, work
+        self.out, self.voice, self.done = work.out, work.voice, work.done
 
     def finish(self, started: float | None, command: str) -> Results:
         """All stages, floors, timings, tables. started: None for a run that goes on."""
@@ -143,80 +118,13 @@ class _Run:
 
     def _stage(self, job: Job, title: str) -> None:
         """Make and score one job, as far as that is not done yet."""
-        inputs = self._inputs(job)
-        folder, manifest = self.out / job.folder, self.known[job.folder]
-        if manifest is not None and manifest.inputs != inputs:
-            self.voice.say(f"{title}: made from other inputs, made again")
-            manifest = None
-        if manifest is None:
-            manifest = self._make(job, inputs, title)
-        else:
-            self.voice.say(f"{title}: finished before")
-            shutil.rmtree(self._training(job), ignore_errors=True)
+        folder, manifest = self.out / job.folder, self.work.finish(job, title)
         if job.stage.evaluate and manifest.metrics is None:
             begun = time.perf_counter()
             with self.voice.bar(f"{job.folder}: score") as progress:
                 score(folder, manifest, self.material, progress)
             auc = manifest.metrics["auc_mean"] if manifest.metrics else float("nan")
             self.voice.say(f"{title}: AUC {auc:.4f} ({time.perf_counter() - begun:.0f} s)")
-        self.done[job.folder] = manifest
-
-    def _inputs(self, job: Job) -> dict[str, str]:
-        settings = manifests.digest([settings_of(job), job.seed])
-        parents = {key: self.done[other.folder].weights for key, other in job.parents.items()}
-        return {"settings": settings, "data": self.material.sha256, **parents}
-
-    def _make(self, job: Job, inputs: dict[str, str], title: str) -> Manifest:
-        folder, training = self.out / job.folder, self._training(job)
-        begun, started = time.perf_counter(), manifests.now()
-        self._begin_training(training, inputs)
-        self.voice.say(f"{title}: {job.stage.stage}")
-        finished = {key: self.out / other.folder for key, other in job.parents.items()}
-        # A training draws its own bar: steps, tokens/s and the time left.
-        trains = hasattr(job.stage, "training")
-        with self.voice.bar(f"{job.folder}: {job.stage.stage}", show=not trains) as progress:
-            made = make(job, self.material, finished, training, progress)
-        models.save(made.model, self.material.tokenizer, folder)
-        if (training / LOG).is_file():
-            shutil.copy(training / LOG, folder)
-        seconds = time.perf_counter() - begun
-        if made.training is not None:  # which may have been stopped and gone on with
-            seconds = max(seconds, made.training["seconds"])
-        manifest = Manifest(
-            stage=job.stage.name,
-            kind=job.stage.stage,
-            seed=job.seed,
-            settings=settings_of(job),
-            inputs=inputs,
-            files=manifests.files_of(folder),
-            versions=manifests.versions(),
-            started=started,
-            finished=manifests.now(),
-            seconds=round(seconds, 3),
-            parameters=models.parameters(made.model),
-            weight_bytes=models.weight_bytes(made.model),
-            training=made.training,
-            pruning=made.pruning,
-        )
-        manifest.write(folder)
-        shutil.rmtree(training, ignore_errors=True)
-        told = f"{manifest.parameters:,} parameters"
-        if made.training is not None:
-            tokens, speed = made.training["tokens"], made.training["tokens_per_second"]
-            told += f", {tokens:,} tokens at {speed:,.0f} tokens/s"
-        self.voice.say(f"{title}: {told} ({seconds:.0f} s)")
-        return manifest
-
-    def _training(self, job: Job) -> Path:
-        return self.out / f"{job.folder}.training"
-
-    def _begin_training(self, training: Path, inputs: dict[str, str]) -> None:
-        """Keep the folder of a training that was begun from these very inputs, drop any other."""
-        key = manifests.digest(inputs)
-        file = training / INPUTS
-        if training.exists() and (not file.is_file() or file.read_text(encoding="utf-8") != key):
-            shutil.rmtree(training)
-        write_atomically(file, key)
 
     def _floors(self) -> dict[str, Run]:
         """Scores of the trivial predictors on the same rows: name -> run."""

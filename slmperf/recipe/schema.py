@@ -18,15 +18,12 @@ refused. What a stage needs from another one (does it exist, has it so many head
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slmperf.check import InputError
+from slmperf.recipe import reading
 from slmperf.recipe.results import COMPARISONS
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -35,11 +32,13 @@ Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a recipe: no unknown keys, no conversions, never changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class World(_Strict):
+class World(Strict):
     """The embedded world that stands in where no data is given (slmperf.data.world)."""
 
     members: Count = 1500
@@ -48,7 +47,7 @@ class World(_Strict):
     seed: int = 0
 
 
-class Data(_Strict):
+class Data(Strict):
     """Where the rows come from and how they become prompts."""
 
     source: str | None = None  # file or folder, seen from the recipe's folder; None: the world
@@ -63,7 +62,7 @@ class Data(_Strict):
     scored_members: Count | None = None  # score at most so many members (drawn once); None: all
 
 
-class Shape(_Strict):
+class Shape(Strict):
     """Size of a new model: with `experts` a Mixtral-style mixture, without a dense Llama."""
 
     layers: Count
@@ -95,14 +94,14 @@ class Shape(_Strict):
         return self
 
 
-class Subset(_Strict):
+class Subset(Strict):
     """The part of the members and tasks that a stage learns from; what is scored stays the same."""
 
     members: Annotated[float, Field(gt=0, le=1)] = 1.0  # smaller shares lie inside larger ones
     tasks: Annotated[list[str], Field(min_length=1)] | None = None  # None: all of the recipe's
 
 
-class Training(_Strict):
+class Training(Strict):
     """How a stage learns; what is left out is as in slmperf.distill.DistillationConfig."""
 
     steps: Count | None = None  # this or epochs
@@ -153,7 +152,10 @@ class Training(_Strict):
         return self
 
 
-class _Stage(_Strict):
+class BaseStage(Strict):
+    """What every stage of a recipe has."""
+
+    stage: str  # what it does
     name: Name
     title: str | None = None  # in the tables; None: the name
     seeds: Annotated[list[int], Field(min_length=1)] | None = None  # None: the recipe's
@@ -170,7 +172,7 @@ class _Stage(_Strict):
         return self.title or self.name
 
 
-class _Learning(_Stage):
+class _Learning(BaseStage):
     training: Training
     subset: Subset = Subset()
 
@@ -182,12 +184,14 @@ class TeacherStage(_Learning):
     shape: Shape
 
 
-class _FromShapeOrStage(_Learning):
+class FromShapeOrStage(BaseStage):
+    """A stage that starts from new weights or from another stage's."""
+
     shape: Shape | None = None
     from_: Name | None = Field(None, alias="from")
 
     @model_validator(mode="after")
-    def _one_start(self) -> _FromShapeOrStage:
+    def _one_start(self) -> FromShapeOrStage:
         if (self.shape is None) == (self.from_ is None):
             found = "both" if self.shape else "neither"
             raise ValueError(
@@ -196,41 +200,52 @@ class _FromShapeOrStage(_Learning):
         return self
 
 
-class DistilStage(_FromShapeOrStage):
+class DistilStage(FromShapeOrStage, _Learning):
     """Knowledge distillation: a new or an earlier model learns the logits of `teacher`."""
 
     stage: Literal["distil"]
     teacher: Name
 
 
-class SftStage(_FromShapeOrStage):
+class SftStage(FromShapeOrStage, _Learning):
     """The same training without a teacher: cross entropy alone."""
 
     stage: Literal["sft"]
 
 
-class _Pruning(_Stage):
+class _Pruning(BaseStage):
     from_: Name = Field(alias="from")
     damping: Annotated[float, Field(gt=0)] = 0.01  # of the mean of the Gram matrix's diagonal
     calibration_rows: Count = 512  # training sequences the Gram matrices are taken from
-    subset: Subset = Subset()
 
 
-class PruneMlpStage(_Pruning):
+class PruneMlp(_Pruning):
     """OSSCAR on the MLP's neurons, down to `intermediate`."""
 
     stage: Literal["prune_mlp"]
     intermediate: Count
 
 
-class PruneAttentionStage(_Pruning):
+class PruneAttention(_Pruning):
     """OSSCAR on whole groups of attention heads, down to `kv_heads`."""
 
     stage: Literal["prune_attention"]
     kv_heads: Count
 
 
-class QuantiseStage(_Stage):
+class PruneMlpStage(PruneMlp):
+    """The calibration rows are those of a subset."""
+
+    subset: Subset = Subset()
+
+
+class PruneAttentionStage(PruneAttention):
+    """The calibration rows are those of a subset."""
+
+    subset: Subset = Subset()
+
+
+class QuantiseStage(BaseStage):
     """Weights rounded to nearest, one scale per output channel."""
 
     stage: Literal["quantise"]
@@ -244,7 +259,7 @@ Stage = Annotated[
 ]
 
 
-class Timing(_Strict):
+class Timing(Strict):
     """How latency is measured: all stages in one pass, taking turns."""
 
     context: Annotated[int, Field(ge=8)] | None = None  # tokens of the prefill; None: data.context
@@ -252,7 +267,7 @@ class Timing(_Strict):
     repeats: Annotated[int, Field(ge=3)] = 9
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run: the data, the stages and the tables that compare them."""
 
     name: Name
@@ -289,117 +304,12 @@ class Recipe(_Strict):
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read and check a YAML file; InputError in one line for the first thing wrong with it."""
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise InputError(f"{path}: expected a recipe, {reason}") from None
-        return cls.parse(text, source=str(path))
+        return cls.parse(reading.read_text(path), source=str(path))
 
     @classmethod
     def parse(cls, text: str, *, source: str = "recipe") -> Recipe:
         """YAML text -> Recipe; `source` opens the line of an InputError."""
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" line {mark.line + 1}:" if mark else ""
-            problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-            raise InputError(f"{source}:{line} {problem}") from None
-        if not isinstance(value, dict):
-            found = "nothing" if value is None else type(value).__name__
-            raise InputError(
-                f"{source}: expected a mapping with name, data and stages, found {found}"
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            raise InputError(f"{source}: {_first_problem(error, value)}") from None
+        return reading.validate(cls, reading.parse_yaml(text, source), _STAGES, source)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML where 1e-3 is a number (YAML 1.2) and a key given twice is an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key, _ in node.value:
-        if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key.value!r} is given twice", key.start_mark
-            )
-        seen.add(key.value)
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(k, True): loader.construct_object(v, True) for k, v in node.value
-    }
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def _first_problem(error: ValidationError, value: Mapping[str, Any]) -> str:
-    """`stages[2] (narrow).intermediate: ...` for the first thing pydantic found."""
-    one = error.errors(include_url=False)[0]
-    path, model = _path_and_model(one["loc"], value)
-    kind, found = one["type"], one.get("input")
-    if kind == "extra_forbidden":
-        known = ", ".join(field.alias or name for name, field in model.model_fields.items())
-        return f"{path}: unknown key, expected one of {known}"
-    if kind == "missing":
-        return f"{path}: missing key"
-    if kind == "union_tag_invalid":
-        known, tag = ", ".join(_STAGES), one["ctx"]["tag"]
-        return f"{path}.stage: unknown stage {tag!r}, expected one of {known}"
-    if kind == "union_tag_not_found":
-        return f"{path}: missing key `stage`, expected one of {', '.join(_STAGES)}"
-    if kind == "value_error":
-        message = str(one["ctx"]["error"])
-        return f"{path}: {message}" if path else message
-    message = one["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    shown = type(found).__name__ if isinstance(found, (dict, list)) else repr(found)
-    return f"{path}: expected {message}, found {shown}"
-
-
-_STAGES: dict[str, type[_Stage]] = {
-    get_args(cls.model_fields["stage"].annotation)[0]: cls for cls in get_args(get_args(Stage)[0])
-}
-
-
-def _path_and_model(loc: tuple[int | str, ...], value: Any) -> tuple[str, type[BaseModel]]:
-    """pydantic's location -> the key path in the file, and the model at its end."""
-    path, parts = "", list(loc)
-    model: type[BaseModel] = Recipe
-    while parts:
-        part = parts.pop(0)
-        if isinstance(part, int):
-            path += f"[{part}]"
-            value = value[part] if isinstance(value, list) and part < len(value) else None
-            if path.startswith("stages["):
-                name = value.get("name") if isinstance(value, dict) else None
-                path += f" ({name})" if isinstance(name, str) else ""
-                if parts and parts[0] in _STAGES:  # the tag of the union, no key of the file
-                    model = _STAGES[str(parts.pop(0))]
-            continue
-        path += f".{part}" if path else str(part)
-        value = value.get(part) if isinstance(value, dict) else None
-        if parts:
-            model = _model_of(model, str(part)) or model
-    return path, model
-
-
-def _model_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    for name, field in model.model_fields.items():
-        if key in (name, field.alias):
-            for one in (field.annotation, *get_args(field.annotation)):
-                if isinstance(one, type) and issubclass(one, BaseModel):
-                    return one
-    return None
+_STAGES = reading.stages_of(Stage)

@@ -5,8 +5,7 @@ Nothing is written here but the checkpoints of a training (slmperf.distill), int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,21 +15,14 @@ import torch
 from slmperf import models
 from slmperf.check import InputError
 from slmperf.distill import DistillationConfig, train
-from slmperf.ops import (
-    JSD,
-    ForwardKL,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
-)
-from slmperf.ops.divergence import Kind
 from slmperf.prune import prune_model
 from slmperf.quant import Int8, quantize_model
 from slmperf.recipe.material import DRAW, Material
 from slmperf.recipe.plan import Job
 from slmperf.recipe.schema import (
+    PruneAttention,
     PruneAttentionStage,
+    PruneMlp,
     PruneMlpStage,
     QuantiseStage,
     Shape,
@@ -39,8 +31,6 @@ from slmperf.recipe.schema import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from slmperf.data import TrainingSequence
 
 CURVE = 50  # points of the loss curve in a manifest, each a mean over its part of the steps
 CALIBRATION_BATCH = 16  # sequences of one batch whose inputs go into the Gram matrices
@@ -64,7 +54,8 @@ def make(
     """Run one job. finished: the keys of job.parents -> folder of their checkpoint."""
     stage = job.stage
     if isinstance(stage, PruneMlpStage | PruneAttentionStage):
-        return _prune(stage, models.load(finished["from"]), material, progress)
+        sequences = material.sequences(stage.subset)
+        return prune(stage, models.load(finished["from"]), sequences, progress)
     if isinstance(stage, QuantiseStage):
         model = models.load(finished["from"])
         quantize_model(model, Int8())
@@ -78,9 +69,8 @@ def make(
         model,
         material.sequences(stage.subset),
         teacher=models.load(finished["teacher"]) if "teacher" in finished else None,
-        config=training_config(stage.training, context, job.seed),
-        folder=folder,
-        name=job.folder,
+        config=training_config(stage.training, context, job.seed, folder, run_name=job.folder),
+        precision=stage.training.precision or "auto",
     )
     pieces = np.array_split(result.losses, min(CURVE, len(result.losses)))
     training = {
@@ -139,30 +129,51 @@ def new_model(shape: Shape, vocabulary: int, context: int, seed: int) -> PreTrai
     return AutoModelForCausalLM.from_config(config, **experts)
 
 
-def training_config(training: Training, context: int, seed: int) -> DistillationConfig:
-    """The recipe's words -> the settings of slmperf.distill; InputError for a value it refuses."""
-    makes: dict[str, Callable[[], Kind]] = {
-        "forward_kl": ForwardKL,
-        "reverse_kl": ReverseKL,
-        "jsd": partial(JSD, training.beta),
-        "skew_forward_kl": partial(SkewForwardKL, training.alpha),
-        "skew_reverse_kl": partial(SkewReverseKL, training.alpha),
-        "total_variation": TotalVariation,
+def training_config(
+    training: Training, context: int, seed: int, folder: Path, **more: Any
+) -> DistillationConfig:
+    """The recipe's words -> the settings of slmperf.distill; InputError for a value it refuses.
+
+    What a recipe leaves out is as the small models of the examples want it. 3e-3 suits a few
+    hundred thousand parameters; above a million, prototypes learned nothing at it.
+    """
+    given = training.model_dump(exclude_none=True)
+    warmup, tokens = given.pop("warmup", 0.03), given.pop("batch_tokens", 4096)
+    names = {
+        "steps": "max_steps",
+        "epochs": "num_train_epochs",
+        "schedule": "lr_scheduler_type",
+        "accumulation": "gradient_accumulation_steps",
+        "checkpoint_steps": "save_steps",
     }
-    given = training.model_dump(exclude_none=True, exclude={"divergence", "beta", "alpha"})
+    given = {names.get(name, name): value for name, value in given.items() if name != "precision"}
+    defaults = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "normalization": "examples",
+        "sequence_sample": 0.25,
+        "warmup_steps": warmup,
+        "per_device_train_batch_size": max(1, tokens // context),
+        "checkpoint_seconds": 60.0,
+        "save_steps": 10**9,
+        "logging_steps": 20,
+    }
     return DistillationConfig(
-        **given, divergence=makes[training.divergence](), context=context, seed=seed
+        str(folder), **{**defaults, **given, **more}, context=context, seed=seed
     )
 
 
-def _prune(
-    stage: PruneMlpStage | PruneAttentionStage,
+def prune(
+    stage: PruneMlp | PruneAttention,
     model: PreTrainedModel,
-    material: Material,
+    sequences: Sequence[Any],
     progress: Callable[[int, int], None],
 ) -> Made:
-    batches = list(calibration(material.sequences(stage.subset), stage.calibration_rows))
-    if isinstance(stage, PruneMlpStage):
+    """Prune the model as the stage says, calibrated on `sequences` (input_ids each)."""
+    batches = list(calibration(sequences, stage.calibration_rows))
+    if isinstance(stage, PruneMlp):
         sizes = {"mlp": stage.intermediate}
     else:
         sizes = {"kv_heads": stage.kv_heads}
@@ -179,7 +190,7 @@ def _prune(
     return Made(model, pruning={"tokens": report.tokens, "layers": layers})
 
 
-def calibration(sequences: list[TrainingSequence], count: int) -> Iterator[dict[str, torch.Tensor]]:
+def calibration(sequences: Sequence[Any], count: int) -> Iterator[dict[str, torch.Tensor]]:
     """At most `count` sequences, drawn once, in padded batches of similar lengths."""
     drawn = np.random.default_rng(DRAW).permutation(len(sequences))[:count]
     chosen = sorted((sequences[i].input_ids for i in drawn.tolist()), key=len)
@@ -204,15 +215,8 @@ def check_training(jobs: list[Job], material: Material) -> None:
         training, subset = getattr(job.stage, "training", None), getattr(job.stage, "subset", None)
         if training is not None:
             try:
-                training_config(training, material.builder.context, job.seed)
+                training_config(training, material.builder.context, job.seed, Path())
             except InputError as error:
                 raise InputError(f"stages ({job.stage.name}).training: {error}") from None
         if subset is not None:
             material.check_subset(subset, f"stages ({job.stage.name}).subset")
-
-
-def settings_of(job: Job) -> dict[str, Any]:
-    """What the recipe says about a stage that changes its weights."""
-    return job.stage.model_dump(
-        mode="json", by_alias=True, exclude={"name", "title", "seeds", "evaluate"}
-    )

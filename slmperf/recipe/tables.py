@@ -48,7 +48,7 @@ def tabulate(
         recipe=recipe.name,
         data=material.facts,
         date=datetime.date.today().isoformat(),
-        machine=_machine(),
+        machine=machine_facts(),
         versions=versions(),
         settings=recipe.model_dump(mode="json", by_alias=True),
     )
@@ -185,7 +185,8 @@ def _gap(what: str, runs: list[Run], base: list[Run]) -> str:
     return f"{what}: {gap.value:+.4f} AUC [{gap.low:+.4f}, {gap.high:+.4f}]{seeds}."
 
 
-def _machine() -> dict[str, str]:
+def machine_facts() -> dict[str, str]:
+    """What the figures of a run were taken on."""
     return {
         "processor": arch.cpu_name(),
         "cores": str(arch.cpu_count()),

@@ -64,18 +64,12 @@ class Formula:
             )
 
     @classmethod
-    def of(cls, config: DistillationConfig, examples: float, teacher: bool = True) -> Formula:
-        """The loss of slmperf.distill, whose token weights come with the batch."""
+    def of(cls, config: DistillationConfig, teacher: bool = True) -> Formula:
+        """The loss of slmperf.distill, whose token weights hold what it divides by."""
         if not teacher:
-            return cls(ce_weight=1.0, reduction=examples)
-        kind: Any = config.divergence if config.kd_weight else None
-        return cls(
-            kind,
-            config.kd_weight,
-            config.ce_weight,
-            config.temperature,
-            reduction=examples,
-        )
+            return cls(ce_weight=1.0, reduction=1.0)
+        kind: Any = config.kind if config.kd_weight else None
+        return cls(kind, config.kd_weight, config.ce_weight, config.temperature, reduction=1.0)
 
     @classmethod
     def parse(cls, text: str) -> Formula:

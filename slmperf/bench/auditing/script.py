@@ -152,29 +152,27 @@ def _audit_loss(
     def step(batch: Batch) -> Any:
         return compute_loss(model, batch, *rest, **named)
 
-    items = named.get("num_items_in_batch")
-    declared = _declared(trainer, inputs, None if items is None else float(items), formula)
+    declared = _declared(trainer, inputs, named.get("num_items_in_batch"), formula)
     return audit_step(step, model, inputs, declared, optimizer=trainer.optimizer, roof=roof)
 
 
 def _declared(
-    trainer: Any, inputs: Mapping[str, Any], items: float | None, formula: Formula | None
+    trainer: Any, inputs: Mapping[str, Any], items: Tensor | None, formula: Formula | None
 ) -> Declared:
     """What a trainer's own settings say of its loss."""
     from slmperf.distill import DistillationTrainer
+    from slmperf.distill.step import token_weights
 
     if isinstance(trainer, DistillationTrainer):
-        examples = float(inputs["examples"]) if items is None else items
-        own = Formula.of(trainer.config, examples, trainer.teacher is not None)
+        own = Formula.of(trainer.args, trainer.teacher is not None)
         positions, counted = inputs["input_ids"].numel(), inputs["positions"]
         labels = inputs["targets"].new_full((positions,), IGNORED)
+        weights = token_weights(dict(inputs), trainer.args, items)
         return Declared(
             formula or own,
             labels=labels.index_copy(0, counted, inputs["targets"]),
-            weights=inputs["weights"]
-            .new_zeros(positions)
-            .index_copy(0, counted, inputs["weights"]),
-            teacher=trainer.teacher,
+            weights=weights.new_zeros(positions).index_copy(0, counted, weights),
+            teacher=getattr(trainer.teacher, "model", None),
             padding=(positions - int(inputs["tokens"]), positions),
         )
     teacher = next(
@@ -188,7 +186,8 @@ def _declared(
         ),
         None,
     )
-    return Declared(formula or _formula_of(trainer, inputs, items, teacher), teacher=teacher)
+    count = None if items is None else float(items)
+    return Declared(formula or _formula_of(trainer, inputs, count, teacher), teacher=teacher)
 
 
 def _formula_of(
