@@ -2,7 +2,7 @@
 
     1 tests    what machine, build and versions this is; pytest -m gpu, each test in a process
     2 owed     the machine's roof, and the rows that targets of bench/targets.toml wait for
-    3.. ops, kd, layer, engine: the benches, the one first whose sources changed last
+    3.. ops, kd, train, layer, engine: the benches, the one first whose sources changed last
 
 Tests come before the rows owed: a row of a kernel that is wrong would settle a target falsely.
 
@@ -43,6 +43,7 @@ import gpu_report  # noqa: E402
 BENCHES = {
     "ops": ("slmperf/ops", "triton_kernels", "csrc", "slmperf/bench/ops.py"),
     "kd": ("slmperf/ops/kd_loss", "triton_kernels/kd_loss.py", "slmperf/bench/kd"),
+    "train": ("slmperf/ops/kd_loss", "slmperf/distill", "slmperf/bench/train"),
     "layer": ("slmperf/bench/layer",),
     "engine": ("slmperf/engine",),
 }

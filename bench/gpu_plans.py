@@ -44,6 +44,13 @@ KD_HEADS = {
 }  # fmt: skip
 KD_TOKENS = {"cuda": (1024, 2048, 4096, 8192), "cpu": (32, 64)}
 KD_RANKING = {"cuda": (32 * 2048, 32), "cpu": (256, 4)}
+# A training step: names of student and teacher, or their sizes; rows and context of the batch.
+TRAIN_STEPS = {
+    "cuda": (("1b", "8b", 4, 1024),),
+    "cpu": (((2, 16, 2, 1, 8, 24, 96), (1, 24, 2, 2, 12, 32, 96), 2, 16),),
+}
+# One token in so many is an answer, and whether the student's layers are checkpointed.
+TRAIN_KINDS = {"cuda": ((1, False), (1, True), (128, False)), "cpu": ((1, False), (4, True))}
 
 
 class Failed(Exception):
@@ -220,6 +227,34 @@ def kd_plan(device):
     return plan | {str(Step(device=device)): step}
 
 
+def train_plan(device):
+    """One optimizer step of distillation: a section per problem; the trainer at a toy's size."""
+    from slmperf.bench.train.problems import OURS, TOY, TRAINER, Problem
+    from slmperf.models.shapes import Shape, shape_of
+
+    def work(part, facts, problem, chosen):
+        from slmperf.bench.train.measure import OF_OURS, measure
+
+        found = measure(problem, part.seconds, chosen)
+        facts["refused"] = found.refused
+        yield from found.rows
+        if lines := [f"{row}: {why}" for row, why in found.refused.items()
+                     if row.rpartition(": ")[2] in OF_OURS]:  # fmt: skip
+            raise Failed("\n".join(lines))
+
+    problems = {}
+    for *models, rows, context in TRAIN_STEPS[device]:
+        shapes = [shape_of(one) if isinstance(one, str) else Shape(*one) for one in models]
+        for every, checkpointing in TRAIN_KINDS[device]:
+            sizes = (*shapes, rows, context, "bf16", device, every, checkpointing)
+            problems[Problem(*sizes)] = None
+    problems[replace(TOY, device=device)] = (OURS, TRAINER)
+    return {
+        str(problem): lambda part, facts, one=(problem, chosen): work(part, facts, *one)
+        for problem, chosen in problems.items()
+    }
+
+
 def worst_of(rows, name):
     """The figures that hold at every number of tokens, as one row; its time is that of the last of
     ours at the most tokens. A figure that one of the rows lacks is left out.
@@ -244,4 +279,10 @@ def worst_of(rows, name):
     return {"name": name, **found}
 
 
-BENCHES = {"ops": ops_plan, "kd": kd_plan, "layer": layer_plan, "engine": engine_plan}
+BENCHES = {
+    "ops": ops_plan,
+    "kd": kd_plan,
+    "train": train_plan,
+    "layer": layer_plan,
+    "engine": engine_plan,
+}

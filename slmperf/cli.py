@@ -67,6 +67,34 @@ def run(
 
 
 @app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints and the table; runs/RECIPE if not given."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text as JSONL, instead of what the recipe names."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print sizes, steps and memory; train and write nothing."),
+    ] = False,
+) -> None:
+    """Train on text in stages: teachers, distillation, the student's own text; a table of losses.
+
+    A run that was stopped goes on where it was; finished stages are not computed again.
+    """
+    from slmperf.recipe import distillation
+
+    if dry_run:
+        typer.echo(distillation.preview(recipe, data))
+        return
+    distillation.run(recipe, out or Path("runs") / recipe.stem, data=data)
+
+
+@app.command()
 def audit(
     trainer: Annotated[
         Path,

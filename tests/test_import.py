@@ -45,9 +45,12 @@ ADDITIONS = {
     "engine": "score_prompts OpenPrefix Prefill Rank layer_split prefill_latency rank_latency",
     # Section 6 has the command audit; this is the function behind it, and its types.
     "bench": "AuditReport Formula audit",
-    # The function that recipes call and its results; the loss in loops and trainers of others.
+    # The function that recipes call and its results; the loss in loops and trainers of others;
+    # teachers and text behind a server.
     "distill": "train TrainResult PackedBatches student_head teacher_head answer_weights "
-    "use_kd_loss TeacherCacheWriter hash_of_model hash_of_tokenizer",
+    "use_kd_loss TeacherCacheWriter hash_of_model hash_of_tokenizer CachedTeacher ServerTeacher "
+    "CompletionServer write_teacher_text read_teacher_text PaddedGeneration ContinuousBatching "
+    "ServerGenerator",
 }
 
 

@@ -3,11 +3,12 @@
 roof      what the machine does at best: copy, matrix products, launch
 ops       every op against plain torch, torch.compile and installed rivals
 kd        the distillation loss on whole heads, beside its products, plain torch and Liger
+train     one optimizer step of distillation: our loss and trainer, plain torch, Liger
 layer     one Transformer block part by part, pruned beside unpruned
 serving   what a load of members and their prompts gives, on an engine or a server
 compare   two result files row by row
 auditing  one training step looked at from outside: gradient error, terms, rows, time for nothing
-commands  `slmperf bench ...`: roof, ops, kd, layer, serve, compare
+commands  `slmperf bench ...`: roof, ops, kd, train, layer, serve, compare
 results   the files that all of them write
 plots     the roofline of ops
 rivals    other projects' packages, where they are installed

@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from slmperf.bench.kd.command import kd
+from slmperf.bench.train.command import train
 
 app = typer.Typer(
-    help="Measure: the machine's roof, operators, one layer, a serving load.",
+    help="Measure: the machine's roof, operators, one layer, a training step, a serving load.",
     no_args_is_help=True,
 )
 app.command()(kd)
+app.command()(train)
 
 
 @app.command()

@@ -8,7 +8,6 @@ together and added in the order of the batches, so that any number of ranks give
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from slmperf.check import InputError
 from slmperf.distill.heads import student_head, unwrapped
 from slmperf.distill.loss import DistillationLoss
+from slmperf.distill.step import autocast
 from slmperf.evaluate import auc
 from slmperf.models.files import write_atomically
 from slmperf.ops import StudentHead
@@ -86,9 +86,9 @@ def validation(
                 continue
             batch = {name: value.to(device) for name, value in batch.items()}
             inputs = {name: batch[name] for name in _INPUTS if name in batch}
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                student = student_head(model, inputs, positions=batch["positions"])
+            with autocast(config, device):
                 given = None if teacher is None else teacher.rows(batch)
+                student = student_head(model, inputs, positions=batch["positions"])
             found = loss(student, given, labels=batch["targets"])
             row = sums[number]
             row[_CROSS_ENTROPY], row[_DIVERGENCE] = found.cross_entropy, found.divergence
@@ -176,59 +176,34 @@ def sample(
     A line has step, example (its key), tokens (the continuation), and as texts prompt, continuation
     and reference, what the example has there.
     """
+    from slmperf.distill.on_policy import PaddedGeneration
+
     inner = unwrapped(model)
     known = getattr(inner.config, "max_position_embeddings", None) or np.inf
     starts = np.cumsum(batches.lengths) - batches.lengths
     prompts = {index: batches.prompt(index) for index in range(min(count, len(batches.lengths)))}
     prompts = {index: ids for index, ids in prompts.items() if 0 < len(ids) < known}
-    if not prompts:
-        return
-    room = int(min(new_tokens, known - max(map(len, prompts.values()))))
+    generator = PaddedGeneration()
+    generator.update(inner, step)
+    end = inner.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    found = generator.generate(
+        [ids.tolist() for ids in prompts.values()],
+        new_tokens=[int(min(new_tokens, known - len(ids))) for ids in prompts.values()],
+        temperature=0.0,
+        top_p=1.0,
+        seeds=[0] * len(prompts),
+        stop=frozenset(ends),
+    )
     lines = []
-    for (index, ids), tokens in zip(
-        prompts.items(), _continued(inner, list(prompts.values()), room, tokenizer), strict=True
-    ):
+    for (index, ids), tokens in zip(prompts.items(), found, strict=True):
         line: dict[str, Any] = {"step": step, "example": batches.key(index), "tokens": tokens}
         if tokenizer is not None:
             whole = batches.ids[starts[index] : starts[index] + batches.lengths[index]]
-            texts = {"prompt": ids, "continuation": tokens, "reference": whole[len(ids) :]}
-            line |= {name: tokenizer.decode(list(text)) for name, text in texts.items()}
+            texts = {"prompt": ids.tolist(), "continuation": tokens}
+            texts["reference"] = whole[len(ids) :].tolist()
+            line |= {name: tokenizer.decode(text) for name, text in texts.items()}
         lines.append(json.dumps(line, ensure_ascii=False))
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kept = [line for line in before if json.loads(line)["step"] < step]
     write_atomically(path, "\n".join([*kept, *lines, ""]))
-
-
-def _continued(
-    model: Any, prompts: Sequence[np.ndarray], new_tokens: int, tokenizer: Any
-) -> list[list[int]]:
-    """Greedy continuations, each to its end token, which is kept, or new_tokens."""
-    from transformers import GenerationConfig
-
-    device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padding stands on the left: all end together
-        ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
-        mask[row, width - len(prompt) :] = 1
-    stop = model.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    stops = [stop] if isinstance(stop, int) else list(stop or [])
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=stops or None
-    )
-    modes = [(one, one.training) for one in model.modules()]
-    model.eval()
-    try:
-        found = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            use_cache=True,
-        )
-    finally:
-        for one, mode in modes:
-            one.training = mode
-    rows = found[:, width:].tolist()
-    ends = [next((at + 1 for at, one in enumerate(row) if one in stops), None) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends, strict=True)]

@@ -127,7 +127,7 @@ def _run(
         # A mixture would make a loss of them, from a padding mask, which a packed batch has not.
         plain["output_router_logits"] = False
     try:
-        outputs = model(**{**inputs, **_mask(inner, inputs), **plain})
+        outputs = model(**{**inputs, **additive_mask(inner, inputs), **plain})
     finally:
         for hook in hooks:
             hook.remove()
@@ -159,25 +159,26 @@ def _run(
     return hidden.to(wanted), weight.to(wanted), bias, scaling.softcap, scaling.scale
 
 
-def _mask(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A 4-d bool mask, True where attended, as the model's attention takes it.
+def additive_mask(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A 4-d bool mask, True where attended, as what is added to the scores.
 
-    Transformers hands it on as it is: SDPA knows what a bool means, eager attention adds it to the
-    scores, where True would be 1.
+    Transformers hands it on as it is. Eager attention would add True as 1; SDPA would turn it into
+    this in every layer anew, and autograd would keep each.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 4 or mask.dtype != torch.bool:
         return {}
     kind = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
-    if kind == "sdpa":
-        return {}
-    if kind != "eager":
+    if kind not in ("sdpa", "eager"):
         raise InputError(
             f"kd_loss: attention_mask is 4-d and the attention of {type(model).__name__} is "
             f"{kind}, expected sdpa or eager, or rows of one example (packing=False)"
         )
-    added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-    return {"attention_mask": added.masked_fill(~mask, torch.finfo(model.dtype).min)}
+    device = mask.device.type
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else model.dtype
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return {"attention_mask": added.masked_fill_(~mask, torch.finfo(dtype).min)}
 
 
 def _fully_sharded(model: torch.nn.Module) -> bool:

@@ -65,7 +65,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Update all parameters that have a gradient. Done, copies included, when it returns."""
         if closure is not None:
             raise InputError("OffloadedAdamW: step got a closure, expected none")

@@ -58,6 +58,7 @@ def train(
     teacher: Any = None,
     validation: Sequence[Any] | None = None,
     on_policy: OnPolicySampler | None = None,
+    processing_class: Any = None,
     precision: str | None = None,
 ) -> TrainResult:
     """Train `model` in place: from the teacher's logits (KD) or, without one, the tokens (SFT).
@@ -76,7 +77,13 @@ def train(
         raise InputError(f"train: precision is {precision!r}, wanted auto, fp32 or bf16")
     settings = _settings(model, teacher, config, on_policy)
     trainer = DistillationTrainer(
-        model, config, examples, validation, teacher=teacher, on_policy=on_policy
+        model,
+        config,
+        examples,
+        validation,
+        teacher=teacher,
+        processing_class=processing_class,
+        on_policy=on_policy,
     )
     precision = _settle(folder, settings, trainer, precision)
     config.bf16 = precision == "bf16"

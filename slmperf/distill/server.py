@@ -113,7 +113,8 @@ class CompletionServer:
 
         new_tokens   one for each prompt: at most so many
         temperature  0: the likeliest token at each step
-        seeds        one for each prompt, 0 <= seed < 2^31
+        seeds        one for each prompt, 0 <= seed < 2^31; SGLang heeds them only where it was
+                     started with --enable-deterministic-inference
         stop         a text ends behind the first of these tokens; at the model's own end tokens it
                      ends as well
 

@@ -176,21 +176,25 @@ class CachedTeacher:
         return self.cache.teacher(rows, device=batch["positions"].device, tail=self.tail)
 
     def _bind(self, batches: PackedBatches) -> None:
-        """Compare keys and tokens of all examples; from here on rows are those of `batches`."""
-        ends = np.cumsum(batches.lengths)
+        """Compare keys and tokens of all examples, and the positions of a first batch's; from here
+        on rows are those of `batches`.
+        """
         nothing = torch.empty(0, dtype=torch.int64)
-        for first in range(0, len(ends), _AT_ONCE):
-            chosen = range(first, min(first + _AT_ONCE, len(ends)))
+        for first in range(0, len(batches.used), _AT_ONCE):
+            chosen = batches.used[first : first + _AT_ONCE].tolist()
             self.cache.rows(
                 [batches.key(example) for example in chosen],
                 counts=[0] * len(chosen),
                 positions=nothing,
-                tokens=[
-                    batches.ids[ends[one] - batches.lengths[one] : ends[one]] for one in chosen
-                ],
+                tokens=[batches.tokens(example) for example in chosen],
             )
-        self._batches = batches
-        self.rows(batches[0])  # has the cache the positions that this training asks for?
+        self._batches, batch = batches, batches[0]
+        if batches.once:  # evaluation asks for its answers alone
+            kept, counts = batch["answer"], batch["counts"]
+            owner = torch.arange(len(counts)).repeat_interleave(counts)
+            batch = batch | {name: batch[name][kept] for name in ("positions", "places")}
+            batch["counts"] = owner[kept].bincount(minlength=len(counts))
+        self.rows(batch)
 
 
 class ServerTeacher:
@@ -242,13 +246,13 @@ class ServerTeacher:
             )
         _check_loss(batches, self.tail)
         self.server.check()
-        longest = int(batches.lengths.max())
+        longest = int(batches.lengths[batches.used].max())
         if self.server.context is not None and longest >= self.server.context:
             raise InputError(
                 f"server {self.server.url}: reads {self.server.context} tokens at most, one of "
                 f"them its own, expected {longest} + 1 for the longest example"
             )
-        self._ask([batches.ids[: min(_PROBE, int(batches.lengths[0]))]])
+        self._ask([batches.tokens(int(batches.used[0]))[:_PROBE]])
 
     def to(self, device: torch.device | str) -> None:
         """Nothing: rows go to the batch's device."""

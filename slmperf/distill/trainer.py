@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,7 +35,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from slmperf import models
 from slmperf.check import InputError
@@ -161,8 +161,9 @@ class DistillationTrainer(Trainer):
         """
         if self.is_world_process_zero():
             remove_unfinished(self.folder)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(self.folder))
+        if resume_from_checkpoint is True:  # the first rank looks for all
+            found = [str(path) for path in checkpoint.checkpoints(self.folder)[-1:]] or [None]
+            resume_from_checkpoint = broadcast_object_list(found)[0]
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint)
             self._check_resumed(path)
@@ -175,7 +176,12 @@ class DistillationTrainer(Trainer):
             taught = getattr(self.teacher, "model", None)
             if taught is not None:
                 check_packing(taught, self.batches)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # The batches are those of all epochs: left to itself, Trainer would repeat them.
+        given, self.args.max_steps = self.args.max_steps, self.batches.steps
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.max_steps = given
 
     def _stopped_early(self, path: Path) -> bool:
         """Whether early stopping ended the training at this checkpoint; its state is then ours."""

@@ -5,7 +5,8 @@ the token is where that number falls in the distribution. So a text depends on w
 seed alone, and not on the prompts beside it or on how many are continued at once (as far as
 rounding does not differ: products of other sizes round differently).
 
-slmperf.engine is no provider yet: it scores and does not generate.
+slmperf.engine is no provider yet: it scores and does not generate. Over 400 lines, because the
+providers repeat the protocol's signature and are to be read side by side.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def default_generator(model: torch.nn.Module) -> Generator:
     """Continuous batching on CUDA with flash attention, padded batches elsewhere.
 
     Without flash attention, continuous batching masks every request's tokens against those of all
-    others: on a CPU it wrote a third as many tokens a second as padded batches.
+    others: on a CPU it wrote 0.4 (5 layers of width 64) to 0.8 times (8 of 512) as many tokens a
+    second as padded batches.
     """
     inner = _base(model)
     flash = "flash" in (inner.config._attn_implementation or "")

@@ -14,13 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slmperf.recipe.distillation.preview import preview
+    from slmperf.recipe.distillation.dry_run import preview
     from slmperf.recipe.distillation.runner import run
     from slmperf.recipe.distillation.schema import Recipe
 
 __all__ = ["Recipe", "preview", "run"]
 
-_HOMES = {"Recipe": "schema", "preview": "preview", "run": "runner"}
+_HOMES = {"Recipe": "schema", "preview": "dry_run", "run": "runner"}
 
 
 def __getattr__(name: str) -> Any:

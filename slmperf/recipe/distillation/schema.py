@@ -83,11 +83,13 @@ class TextTraining(Training):
     packing: bool = True
     evaluate_steps: Count | None = None  # validation loss every so many steps; None: at the end
     patience: Count | None = None  # evaluations without a better one that end the training
+    samples: Count | None = None  # prompts continued at each evaluation, into samples.jsonl
 
     @model_validator(mode="after")
     def _evaluations(self) -> TextTraining:
-        if self.patience is not None and self.evaluate_steps is None:
-            raise ValueError("patience is given, expected evaluate_steps beside it")
+        for key in ("patience", "samples"):
+            if getattr(self, key) is not None and self.evaluate_steps is None:
+                raise ValueError(f"{key} is given, expected evaluate_steps beside it")
         if self.evaluate_steps is not None and self.checkpoint_steps is not None:
             raise ValueError(
                 "checkpoint_steps is given, expected none beside evaluate_steps: every evaluation "

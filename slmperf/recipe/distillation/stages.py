@@ -61,6 +61,7 @@ def make(
         validation=material.validation if stage.training.evaluate_steps else None,
         on_policy=sampler(getattr(stage, "on_policy", None), material, job.seed),
         precision=stage.training.precision or "auto",
+        processing_class=material.tokenizer,
     )
     pieces = np.array_split(result.losses, min(CURVE, len(result.losses)))
     return Made(
@@ -105,6 +106,7 @@ def training_config(
             "save_steps": training.evaluate_steps,
             "load_best_model_at_end": True,
             "early_stopping_patience": training.patience,
+            "sample_generations": training.samples or 0,
         }
     return recipe_stages.training_config(Training(**given), context, seed, folder, **more)
 

@@ -1,4 +1,4 @@
-"""preview: what a recipe would take, stage by stage, before anything is loaded or written."""
+"""dry_run: what a recipe would take, stage by stage, before anything is loaded or written."""
 
 from __future__ import annotations
 
