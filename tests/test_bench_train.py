@@ -1,4 +1,7 @@
-"""slmperf bench train: one step through every way, memory, what a row says, the command."""
+"""slmperf bench train: one step through every way, memory, what a row says, the command.
+
+Over 400 lines: what a step is and what is said of it are held against each other in one place.
+"""
 
 import functools
 import importlib.util

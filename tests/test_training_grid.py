@@ -178,9 +178,12 @@ def reference(model, teacher, window, batches, case, tail):
     narrow = case["bf16"] and case["teacher"] == "model"
     texts = []
     for batch in window:
+        # What the student wrote itself is no target: there is no cross entropy of it.
+        own = int(batch["examples"].max()) < 0
+        weighed = {**case, "kd_ce": (case["kd_ce"][0], 0.0)} if own else case
         for ids, *rest in texts_of(batch, batches, case["sequence_sample"]):
             z, t = logits_of(model, ids, case["bf16"]), logits_of(teacher, ids, narrow)
-            texts.append((token_losses(z, t, torch.from_numpy(ids).long(), case, tail), *rest))
+            texts.append((token_losses(z, t, torch.from_numpy(ids).long(), weighed, tail), *rest))
     return step_loss(texts, case)
 
 
@@ -212,13 +215,15 @@ def caches(teacher, tmp_path_factory):
 
 def possible(case):
     """What there is no such training of becomes its neighbour: reverse KL needs a tail, which is
-    known at temperature 1; a cache knows no new text.
+    known at temperature 1; the student's own text needs a teacher that reads any text.
     """
-    kind, weight = case["divergence"]
-    if case["teacher"] == "top_k" and (kind == "reverse_kl" or (kind, weight) == ("jsd", 1.0)):
-        case = {**case, "temperature": 1.0}
-    if case["teacher"] in ("hidden", "top_k"):
+    if case["fraction"] == 1.0:
+        weights = case["kd_ce"] if case["kd_ce"][0] else (0.9, 0.1)
+        case = {**case, "teacher": "model", "kd_ce": weights}
+    elif case["teacher"] != "model" or not case["kd_ce"][0]:
         case = {**case, "fraction": 0.0}
+    if case["teacher"] == "top_k" and tail_of(case) == "bucket":
+        case = {**case, "temperature": 1.0}
     return case
 
 

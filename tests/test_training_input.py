@@ -101,6 +101,9 @@ def refusals(tmp_path):
         "cache and the student's own text": (
             {"teacher": whole, "on_policy": OnPolicySampler(0.5)}, "the teacher is a cache",
         ),
+        "the student's own text and no teacher": (
+            {"on_policy": OnPolicySampler(0.5)}, "there is no teacher",
+        ),
         "fraction above 1": (lambda: {"on_policy": OnPolicySampler(1.01)}, "fraction is 1.01"),
         "fraction below 0": (lambda: {"on_policy": OnPolicySampler(-0.1)}, "fraction is -0.1"),
         "fraction NaN": (lambda: {"on_policy": OnPolicySampler(float("nan"))}, "fraction is nan"),

@@ -81,7 +81,7 @@ def trainer_of(folder: Path, case: str, **more) -> DistillationTrainer:
         **CASES[case][0],
         **more,
     }
-    given: dict = {"eval_dataset": make_ranked(11, seed=7)} if "eval_steps" in changes else {}
+    given: dict = {"eval_dataset": make_ranked(13, seed=7)} if "eval_steps" in changes else {}
     if case == "adapters in bf16":
         from peft import LoraConfig
 
@@ -216,7 +216,7 @@ def test_evaluation_on_two_processes_is_that_on_one(ranks, tmp_path):
     model = make_model()
     model.load_state_dict(weights, strict=False)
     config = settings(tmp_path, label_tokens=(NO, YES), per_device_eval_batch_size=2)
-    data = make_ranked(11, seed=7)
+    data = make_ranked(13, seed=7)
     assert len(PackedBatches(data, config, once=True)) % 2 == 1
     trainer = DistillationTrainer(model, config, make_ranked(4), data, teacher=make_model(seed=1))
     wanted = trainer.evaluate()

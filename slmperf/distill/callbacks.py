@@ -42,10 +42,6 @@ class Steps(TrainerCallback):
         trainer.losses.append(value)
         trainer.clock.tokens += int(tokens)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A training that ends here, early, must be found ended by a later call.
-        control.should_save = control.should_save or control.should_training_stop
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, every = self.trainer, args.checkpoint_seconds
         # Of an epoch of the examples: to Trainer the whole training is one.

@@ -49,6 +49,12 @@ def check_start(
         teacher.check(model, batches, processing_class)
     if on_policy is not None:
         on_policy.check(batches, model)
+        if on_policy.fraction > 0 and (teacher is None or batches.config.kd_weight == 0):
+            found = "there is no teacher" if teacher is None else "kd_weight is 0"
+            raise InputError(
+                f"train: on_policy.fraction is {on_policy.fraction} and {found}, wanted a teacher "
+                "with a weight: the student's own text has no other target"
+            )
         if teacher is not None and not teacher.any_text and on_policy.fraction > 0:
             raise InputError(
                 f"train: on_policy.fraction is {on_policy.fraction} and the teacher is a cache, "

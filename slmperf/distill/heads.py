@@ -117,7 +117,8 @@ def _run(
         kind = hidden.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         seen.append((hidden, cast))
-        return (hidden[..., -1:, :],)
+        # Contiguous: of a strided (B, 1, D) the layer would copy its weight for every row.
+        return (hidden[..., -1:, :].contiguous(),)
 
     hooks = [layer.register_forward_pre_hook(keep)]
     if layer not in _KNOWN:

@@ -4,7 +4,8 @@ As DistillationTrainer takes it. A token t as a target costs
 
     l_t = kd_weight * D(teacher_t, student_t) + ce_weight * CE(student_t, target_t)
 
-and without a teacher CE alone. A are the answer tokens of a step, S all tokens of what has answers
+and without a teacher CE alone. On the student's own text there is no CE: its targets would be what
+the student has just drawn. A are the answer tokens of a step, S all tokens of what has answers
 (A among them): over all accumulated batches and all ranks, so that neither how a step is cut into
 batches nor how examples spread over ranks changes its loss, which is
 

@@ -101,9 +101,9 @@ class PackedBatches(torch.utils.data.Dataset[Batch]):
         position_ids    (R, L) int64
         attention_mask  (R, 1, L, L) bool, True where attended; absent when every row holds one
                         example (plain causal attention is then the same)
-        positions       (n,) int64 into the R * L tokens: where `targets` are predicted; example
-                        by example, ascending
-        targets         (n,) int64
+        positions       (n,) int64 into the R * L tokens, each before one that enters the loss;
+                        example by example, ascending
+        targets         (n,) int64; absent from a batch of the student's own text
         answer          (n,) bool
         answer_share, sequence_share  (n,) fp32, a target's part of the two means of the loss
         totals          (2,) fp32, what the batch adds to the two numbers those are divided by
@@ -196,13 +196,16 @@ class PackedBatches(torch.utils.data.Dataset[Batch]):
         return self.tokens(index)[: answers[0] if len(answers) else None]
 
     def collate(self, given: Sequence[Any], number: int = -1) -> Batch:
-        """One batch of other examples, all their tokens, packed as the configuration says."""
+        """One batch of text that the student wrote, all its tokens, packed as the configuration
+        says: without targets, which would be its own draws.
+        """
         marked = _Marked(
             [example_of(one, place) for place, one in enumerate(given)], self.config.normalization
         )
         rows = self._packed(marked.lengths, np.random.default_rng([self.config.seed, 0]))
         everything = np.ones(len(marked.ids), bool)
         batch = self._batch(marked, [(row, everything) for row in rows], number, sample=1.0)
+        del batch["targets"]
         return {**batch, "examples": torch.full_like(batch["examples"], -1)}
 
     def _packed(self, lengths: np.ndarray, random: np.random.Generator) -> list[list[int]]:

@@ -27,7 +27,9 @@ def batch_loss(
     """The share of a batch of PackedBatches in the loss of a step with such totals (2,); None: its
     own. Layers and head run in bf16 where the configuration says so, the loss in fp32.
     """
+    targets = batch.get("targets")
     kd_weight, ce_weight = (0.0, 1.0) if teacher is None else (config.kd_weight, config.ce_weight)
+    ce_weight = 0.0 if targets is None else ce_weight
     whole = kd_weight + ce_weight
     loss = DistillationLoss(
         config.kind, cross_entropy=ce_weight / whole, temperature=config.temperature
@@ -39,7 +41,7 @@ def batch_loss(
         student = student_head(model, inputs, positions=batch["positions"])
     weight = token_weights(batch, config, totals)
     weight = weight if whole == 1.0 else weight * whole
-    return loss(student, given, labels=batch["targets"], token_weight=weight, normalizer=1.0)
+    return loss(student, given, labels=targets, token_weight=weight, normalizer=1.0)
 
 
 def token_weights(batch: Batch, config: DistillationConfig, totals: Tensor | None = None) -> Tensor:

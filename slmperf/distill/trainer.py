@@ -372,8 +372,10 @@ class DistillationTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = super()._determine_best_metric(metrics, trial)
-        if better and self.args.load_best_model_at_end:
-            self.control.should_save = True  # the best one is kept whenever it comes
+        # The best one is kept whenever it comes; and a training that ends here, early, must be found
+        # ended by a later call.
+        if (better and self.args.load_best_model_at_end) or self.control.should_training_stop:
+            self.control.should_save = True
         return better
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:

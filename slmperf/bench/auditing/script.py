@@ -166,11 +166,12 @@ def _declared(
     if isinstance(trainer, DistillationTrainer):
         own = Formula.of(trainer.args, trainer.teacher is not None)
         positions, counted = inputs["input_ids"].numel(), inputs["positions"]
-        labels = inputs["targets"].new_full((positions,), IGNORED)
+        targets = inputs["input_ids"].flatten().index_select(0, counted + 1)
+        labels = targets.new_full((positions,), IGNORED)
         weights = token_weights(dict(inputs), trainer.args, items)
         return Declared(
             formula or own,
-            labels=labels.index_copy(0, counted, inputs["targets"]),
+            labels=labels.index_copy(0, counted, targets),
             weights=weights.new_zeros(positions).index_copy(0, counted, weights),
             teacher=getattr(trainer.teacher, "model", None),
             padding=(positions - int(inputs["tokens"]), positions),

@@ -43,7 +43,7 @@ def train(
     Step time, tokens/s, and peak memory above weights and optimizer state, gradients included;
     with and without row compaction and checkpointing; the trainer's overhead over the bare loop,
     here and at the quickstart's size. Beside each table stands what was counted before. With its
-    defaults about ten minutes on two CPU cores. Exit code 1 where ours cannot run.
+    defaults about twenty minutes on two CPU cores. Exit code 1 where ours cannot run.
     """
     import json
 

@@ -188,9 +188,9 @@ def _kd_loss(problem: Problem, every_row: bool = False) -> Loss:
     def loss(models: Models, batch: Batch) -> Tensor:
         inputs = {"input_ids": batch.input_ids}
         positions = None if every_row else batch.positions
-        with autocast(problem):
-            student = student_head(models.student, inputs, positions=positions)
+        with autocast(problem):  # in the order of the trainer
             teacher = teacher_head(models.teacher, inputs, positions=positions)
+            student = student_head(models.student, inputs, positions=positions)
         if not every_row:
             return weigh(student, teacher, labels=batch.targets).loss
         labels = batch.labels.flatten()
