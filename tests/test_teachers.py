@@ -451,7 +451,9 @@ def test_a_request_that_fails_once_is_repeated(models, fault, monkeypatch):
         sequences = [[at, 2, 3] for at in range(4)]
         before = time.monotonic()
         found = ask.prompt_logprobs(sequences, 2)
-        assert len(server.requests) == 5 and time.monotonic() - before >= 0.05
+        assert len(server.requests) == 5
+        # A kept connection that was closed tells nothing of the server: asked again at once.
+        assert fault == "hang up" or time.monotonic() - before >= 0.05
         server.requests.clear()
         wanted = CompletionServer(server.url).prompt_logprobs(sequences, 2)
     assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, wanted, strict=True))

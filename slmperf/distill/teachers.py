@@ -25,6 +25,7 @@ from slmperf.distill.cache import TeacherCache, hash_of_tokenizer
 from slmperf.distill.heads import teacher_head, unwrapped
 from slmperf.distill.server import CompletionServer, TopTokens
 from slmperf.ops import TeacherHead, TeacherTopK
+from slmperf.ops.divergence import code_of
 from slmperf.ops.kd_loss.heads import TAILS
 from slmperf.ops.kd_loss.heads import Teacher as TeacherRows
 
@@ -357,7 +358,8 @@ def _check_tail(name: str, tail: str) -> None:
 
 def _check_loss(batches: PackedBatches, tail: str) -> None:
     """What kd_loss would say of the tail at the first step."""
-    divergence, temperature = batches.config.divergence, batches.config.temperature
+    # As the kernels call it: jsd at its ends and a skew of 0 are other divergences.
+    divergence, temperature = code_of(batches.config.kind)[0], batches.config.temperature
     told = f"train: the teacher's tail is {tail!r}, expected"
     if divergence == "reverse_kl" and tail != "bucket":
         raise InputError(

@@ -372,9 +372,10 @@ class DistillationTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = super()._determine_best_metric(metrics, trial)
-        # The best one is kept whenever it comes; and a training that ends here, early, must be found
-        # ended by a later call.
-        if (better and self.args.load_best_model_at_end) or self.control.should_training_stop:
+        # The best one is kept whenever it comes, and so is the step at which early stopping ends
+        # the training: a later call must find it ended.
+        stops = self.control.should_training_stop and self.args.early_stopping_patience is not None
+        if (better and self.args.load_best_model_at_end) or stops:
             self.control.should_save = True
         return better
 
