@@ -16,6 +16,7 @@ A folder without a leading dot is whole, so a kill or a full disk costs the step
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -103,7 +104,9 @@ def drop_old(folder: Path, keep: int | None, best: Path | None) -> None:
         return
     for old in checkpoints(folder)[: -max(keep, 1)]:
         if best is None or old.name != best.name:
-            shutil.rmtree(old)
+            hidden = old.with_name(f".{old.name}.old-{os.getpid()}")
+            old.rename(hidden)  # at once gone as a whole: a kill leaves none that is half deleted
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_progress(path: Path) -> tuple[Progress, list[float]]:

@@ -96,17 +96,20 @@ def check_best(
 
 
 @torch.no_grad()
-def check_packing(model: torch.nn.Module, batches: PackedBatches) -> None:
+def check_packing(model: torch.nn.Module, batches: PackedBatches, own_text: bool = False) -> None:
     """InputError for a model that a packed example is not the same to as it is alone.
 
     Transformers takes a 4-d mask as it is, so that a sliding window is forgotten, and a recurrent
     layer carries its state from one example to the next. Two of the shortest examples and the
-    longest one go through the model both ways.
+    longest one go through the model both ways; where the student writes text (own_text), which may
+    fill the context, the longest one is repeated up to that.
     """
-    if all("attention_mask" not in batches[number] for number in range(min(len(batches), 2))):
+    if not batches.shares_rows and not own_text:
         return
     order = batches.used[batches.lengths[batches.used].argsort(kind="stable")]
     chosen = [batches.tokens(index) for index in dict.fromkeys([*order[:2], order[-1]])]
+    if own_text:
+        chosen[-1] = np.resize(chosen[-1], batches.config.context)
     lengths = torch.tensor([len(ids) for ids in chosen])
     segment = torch.arange(len(chosen)).repeat_interleave(lengths)
     seen = (segment[:, None] == segment).tril_()

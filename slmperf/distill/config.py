@@ -171,6 +171,11 @@ class DistillationConfig(TrainingArguments):
             refuse("sequence_sample", "more than 0 and at most 1")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             refuse("early_stopping_patience", "at least 1")
+        best = self.early_stopping_patience is not None or self.load_best_model_at_end
+        if best and getattr(self.eval_strategy, "value", self.eval_strategy) == "no":
+            refuse("eval_strategy", "steps or epoch, where the best checkpoint is looked for")
+        if self.offload_optimizer and "adamw" not in str(getattr(self.optim, "value", self.optim)):
+            refuse("optim", "an adamw where offload_optimizer is True")
         if self.sample_generations < 0:
             refuse("sample_generations", "at least 0")
         if self.label_tokens is not None and len(set(self.label_tokens)) != 2:

@@ -19,6 +19,7 @@ from torch import Tensor
 from slmperf.check import InputError
 from slmperf.distill.heads import student_head, unwrapped
 from slmperf.distill.loss import DistillationLoss
+from slmperf.distill.packing import inputs_of
 from slmperf.distill.step import autocast
 from slmperf.evaluate import auc
 from slmperf.models.files import write_atomically
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from slmperf.distill.packing import Batch, PackedBatches
     from slmperf.distill.teachers import Teacher
 
-_INPUTS = ("input_ids", "position_ids", "attention_mask")
 _CROSS_ENTROPY, _DIVERGENCE, _TOKENS, _LABELS = range(4)  # columns of what a batch adds
 
 
@@ -85,10 +85,10 @@ def validation(
             if not answers:
                 continue
             batch = {name: value.to(device) for name, value in batch.items()}
-            inputs = {name: batch[name] for name in _INPUTS if name in batch}
             with autocast(config, device):
                 given = None if teacher is None else teacher.rows(batch)
-                student = student_head(model, inputs, positions=batch["positions"])
+            with autocast(config, device):
+                student = student_head(model, inputs_of(batch), positions=batch["positions"])
             found = loss(student, given, labels=batch["targets"])
             row = sums[number]
             row[_CROSS_ENTROPY], row[_DIVERGENCE] = found.cross_entropy, found.divergence

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,12 @@ def pack(lengths: np.ndarray, context: int, random: np.random.Generator) -> list
             bisect.insort(sizes, left)
         room[left].append(row)
     return [rows[row] for row in random.permutation(len(rows))]
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a model takes."""
+    names = ("input_ids", "position_ids", "attention_mask")
+    return {name: batch[name] for name in names if name in batch}
 
 
 class _Marked:
@@ -170,6 +176,11 @@ class PackedBatches(torch.utils.data.Dataset[Batch]):
             self._load_epoch(epoch)
             packed.append((self._rows[place], self._kept))
         return self._batch(self._marked, packed, index)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether any row holds several examples."""
+        return len(self.used) > self.rows_per_epoch
 
     @functools.cached_property
     def digest(self) -> str:

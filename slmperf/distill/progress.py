@@ -170,7 +170,7 @@ class Reporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
-        every = max(1, int(args.logging_steps))
+        every = max(1, int(state.logging_steps))
         due = step == state.max_steps or step % every == 0
         assert self.bar is not None
         if trainer.losses and (due or self.bar.shown):

@@ -30,7 +30,8 @@ _FIXED = (
     *("sequence_weight", "normalization", "sequence_sample", "context", "packing"),
     *("rows_per_step", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_steps", "num_train_epochs", "seed", "optim", "offload_optimizer", "learning_rate"),
-    *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim_args"),
+    "max_grad_norm",
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 

@@ -10,11 +10,9 @@ from torch import Tensor
 from slmperf.distill.config import DistillationConfig
 from slmperf.distill.heads import student_head
 from slmperf.distill.loss import DistillationLoss
-from slmperf.distill.packing import Batch
+from slmperf.distill.packing import Batch, inputs_of
 from slmperf.distill.teachers import Teacher
 from slmperf.ops import KDLoss
-
-_INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
 def batch_loss(
@@ -34,11 +32,14 @@ def batch_loss(
     loss = DistillationLoss(
         config.kind, cross_entropy=ce_weight / whole, temperature=config.temperature
     )
-    inputs = {name: batch[name] for name in _INPUTS if name in batch}
-    with autocast(config, inputs["input_ids"].device):
-        # The teacher first: what it takes on its way is gone before the student's activations.
-        given = teacher.rows(batch) if teacher is not None and loss.needs_teacher else None
-        student = student_head(model, inputs, positions=batch["positions"])
+    device, given = batch["input_ids"].device, None
+    # The teacher first, under an autocast of its own: what it takes on its way, casts of its
+    # weights among them, is gone before the student's activations.
+    if teacher is not None and loss.needs_teacher:
+        with autocast(config, device):
+            given = teacher.rows(batch)
+    with autocast(config, device):
+        student = student_head(model, inputs_of(batch), positions=batch["positions"])
     weight = token_weights(batch, config, totals)
     weight = weight if whole == 1.0 else weight * whole
     return loss(student, given, labels=targets, token_weight=weight, normalizer=1.0)

@@ -23,6 +23,7 @@ from torch import Tensor
 from slmperf.check import InputError
 from slmperf.distill.cache import TeacherCache, hash_of_tokenizer
 from slmperf.distill.heads import teacher_head, unwrapped
+from slmperf.distill.packing import inputs_of
 from slmperf.distill.server import CompletionServer, TopTokens
 from slmperf.ops import TeacherHead, TeacherTopK
 from slmperf.ops.divergence import code_of
@@ -32,7 +33,6 @@ from slmperf.ops.kd_loss.heads import Teacher as TeacherRows
 if TYPE_CHECKING:
     from slmperf.distill.packing import PackedBatches
 
-_INPUTS = ("input_ids", "position_ids", "attention_mask")
 _AT_ONCE = 4096  # examples whose tokens are compared with a cache's in one call
 _PROBE = 16  # tokens that a server is asked about before training
 
@@ -104,8 +104,7 @@ class ModelTeacher:
         return self
 
     def rows(self, batch: Mapping[str, Tensor]) -> TeacherHead:
-        inputs = {name: batch[name] for name in _INPUTS if name in batch}
-        return teacher_head(self.model, inputs, positions=batch["positions"])
+        return teacher_head(self.model, inputs_of(batch), positions=batch["positions"])
 
 
 class CachedTeacher:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -162,7 +163,9 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             remove_unfinished(self.folder)
         if resume_from_checkpoint is True:  # the first rank looks for all
-            found = [str(path) for path in checkpoint.checkpoints(self.folder)[-1:]] or [None]
+            found: list[Any] = [str(path) for path in checkpoint.checkpoints(self.folder)[-1:]] or [
+                None
+            ]
             resume_from_checkpoint = broadcast_object_list(found)[0]
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint)
@@ -172,10 +175,11 @@ class DistillationTrainer(Trainer):
                 self._load_best_model()
                 return TrainOutput(self.state.global_step, sum(self.losses) / len(self.losses), {})
         if self.args.packing:
-            check_packing(self.accelerator.unwrap_model(self.model), self.batches)
+            own = self.on_policy is not None and self.on_policy.fraction > 0
             taught = getattr(self.teacher, "model", None)
-            if taught is not None:
-                check_packing(taught, self.batches)
+            for one in (self.accelerator.unwrap_model(self.model), taught):
+                if one is not None:
+                    check_packing(one, self.batches, own)
         # The batches are those of all epochs: left to itself, Trainer would repeat them.
         given, self.args.max_steps = self.args.max_steps, self.batches.steps
         try:
@@ -292,14 +296,15 @@ class DistillationTrainer(Trainer):
             found["runtime"] = time.perf_counter() - start
             metrics |= {f"{prefix}_{key}": value for key, value in found.items()}
             if self.args.sample_generations and self.is_world_process_zero():
-                sample(
-                    self.model,
-                    batches,
-                    count=self.args.sample_generations,
-                    path=self.folder / (f"samples-{name}.jsonl" if name else "samples.jsonl"),
-                    step=self.state.global_step,
-                    tokenizer=self.processing_class,
-                )
+                with autocast(self.args, self.args.device):
+                    sample(
+                        self.model,
+                        batches,
+                        count=self.args.sample_generations,
+                        path=self.folder / (f"samples-{name}.jsonl" if name else "samples.jsonl"),
+                        step=self.state.global_step,
+                        tokenizer=self.processing_class,
+                    )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -322,8 +327,8 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 self._write_checkpoint(ranks)
-            except InputError as error:
-                failed = [str(error)]
+            except (InputError, OSError) as error:
+                failed = [" ".join(str(error).split())]
         if self.accelerator.num_processes > 1:  # and nobody goes on before it is whole
             failed = gather_object(failed)
         if failed[0] is not None:
@@ -385,7 +390,9 @@ class DistillationTrainer(Trainer):
         return self.gradient_norm
 
     def _load_best_model(self) -> None:
-        checkpoint.load_model(Path(self.state.best_model_checkpoint), self.model)
+        # By its name: the folder may have been moved since.
+        best = self.folder / Path(self.state.best_model_checkpoint).name
+        checkpoint.load_model(best, self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is None:
@@ -417,17 +424,21 @@ class DistillationTrainer(Trainer):
         """Keep the batches of the step under way for inspection, and end with an InputError."""
         step, rank = self.state.global_step + 1, self.accelerator.process_index
         folder = self.folder / f"failed-step-{step}-rank-{rank}"
-        with write_folder(folder) as aside:
-            for number, batch in enumerate(self.window):
-                tensors = {name: value.cpu().contiguous() for name, value in batch.items()}
-                save_file(tensors, aside / f"batch-{number}.safetensors")
-            told = {"step": step, "reason": reason, "losses": self.losses[-100:]}
-            (aside / "failure.json").write_text(json.dumps(told, indent=1))
+        told = {"step": step, "reason": reason, "losses": self.losses[-100:]}
+        where = f"its batches are in {folder}"
+        try:
+            with write_folder(folder) as aside:
+                for number, batch in enumerate(self.window):
+                    tensors = {name: value.cpu().contiguous() for name, value in batch.items()}
+                    save_file(tensors, aside / f"batch-{number}.safetensors")
+                (aside / "failure.json").write_text(json.dumps(told, indent=1))
+        except (OSError, SafetensorError) as error:
+            where = f"its batches could not be written ({error})"
         last = checkpoint.checkpoints(self.folder)
         kept = f"the last checkpoint is {last[-1].name}" if last else "no checkpoint was written"
         raise InputError(
-            f"{self.name}: {reason} at step {step}, expected a finite one: its batches are in "
-            f"{folder}, {kept}; try a lower learning_rate"
+            f"{self.name}: {reason} at step {step}, expected a finite one: {where}, {kept}; "
+            "try a lower learning_rate"
         )
 
 
