@@ -57,8 +57,8 @@ def tokenizer(data: Path):
     )
 
 
-def write_input(data: Path, folder: Path, splits=("other", "calib")) -> None:
-    """The teacher's checkpoint, the stories and the recipe in `folder`, unless they are there."""
+def write_input(data: Path, folder: Path, count: int = 10**6) -> None:
+    """The teacher's checkpoint, `count` stories of each split and the recipe, in `folder`."""
     sys.path.insert(0, str(ROOT / "tests"))
     from stories260k import load_stories260k, story_tokens
 
@@ -69,8 +69,8 @@ def write_input(data: Path, folder: Path, splits=("other", "calib")) -> None:
     if not (folder / "teacher").is_dir():
         models.save(load_stories260k(data), tokenizer(data), folder / "teacher")
     lines = []
-    for split, name in [*((one, "train") for one in splits), ("eval", "eval")]:
-        for tokens in story_tokens(data, split, 10**6):
+    for split, name in (("other", "train"), ("calib", "train"), ("eval", "eval")):
+        for tokens in story_tokens(data, split, count):
             lines.append(json.dumps({"input_ids": tokens.tolist(), "split": name}))
     write_atomically(folder / "stories.jsonl", "\n".join(lines) + "\n")
     shutil.copy(RECIPE, folder)

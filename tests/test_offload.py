@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from slmperf.check import InputError
+from slmperf.distill import offload
 from slmperf.distill.offload import OffloadedAdamW
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
@@ -127,6 +128,28 @@ def test_a_state_of_torch_s_adamw_is_taken():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_what_is_copied_is_pinned(dtype, monkeypatch):
+    """Moments are not, nor the master that a narrower copy is made of; on a fake GPU parameter."""
+
+    class OnGpu:
+        device, shape = torch.device("cuda"), (2, 3)
+
+        def __init__(self):
+            self.dtype = dtype
+
+    pinned, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda shape, *, dtype, pin_memory: pinned.append(pin_memory) or empty(shape, dtype=dtype),
+    )
+    for name in ("exp_avg", "exp_avg_sq", "master"):
+        found = offload._host_memory(OnGpu(), name)
+        assert found.shape == (2, 3) and found.dtype == torch.float32
+    assert pinned == [False, False, dtype == torch.float32]
+
+
 def test_accelerate_wraps_it():
     mine, theirs = network(), network()
     accelerator = Accelerator(cpu=True)
@@ -175,4 +198,6 @@ def test_on_a_gpu_the_device_keeps_weights_and_gradients_alone(dtype):
     for one, master in zip(model.parameters(), masters.parameters(), strict=True):
         assert torch.equal(one.cpu(), master.to(dtype))
         state = offloaded.state[one]
-        assert all(state[name].is_pinned() for name in ("exp_avg", "exp_avg_sq", "master"))
+        # Pinned is what is copied: of bf16 weights, a rounded master.
+        assert state["master"].is_pinned() == (dtype == torch.float32)
+        assert not state["exp_avg"].is_pinned() and not state["exp_avg_sq"].is_pinned()

@@ -21,6 +21,7 @@ from slmperf.distill.on_policy import (
     PaddedGeneration,
     ServerGenerator,
     default_generator,
+    stop_tokens,
 )
 from slmperf.distill.on_policy.generators import draw
 
@@ -255,8 +256,51 @@ def test_adapters_take_part(make):
     assert found != before
 
 
-def test_the_default_on_a_cpu_is_padded():
-    assert isinstance(default_generator(llama()), PaddedGeneration)
+@pytest.mark.parametrize(
+    "device,attention,dtype,continuous",
+    [
+        ("cpu", "flash_attention_2", torch.bfloat16, False),
+        ("cuda", "sdpa", torch.bfloat16, False),
+        ("cuda", "flash_attention_2", torch.float32, False),  # autocast is not where it runs
+        ("cuda", "flash_attention_2", torch.bfloat16, True),
+        ("cuda", "flash_attention_2", torch.float16, True),
+    ],
+)
+def test_the_default_is_padded_unless_flash_attention_runs(
+    monkeypatch, device, attention, dtype, continuous
+):
+    model = llama().to(dtype)
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(device)))
+    model.config._attn_implementation = attention
+    found = default_generator(model)
+    assert isinstance(found, ContinuousBatching if continuous else PaddedGeneration)
+    refused = attention != "sdpa" and dtype == torch.float32
+    if refused:
+        with pytest.raises(InputError, match=r"weights of torch.float32, expected bf16 or fp16"):
+            ContinuousBatching().check(model)
+    else:
+        ContinuousBatching().check(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_keeps_the_models_attention(monkeypatch, attention):
+    """Where flash attention is installed, too, to which Transformers would switch."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    monkeypatch.setattr(continuous_api, "is_flash_attn_3_available", lambda **_: False)
+    monkeypatch.setattr(continuous_api, "is_flash_attn_2_available", lambda **_: True)
+    model, seen = llama(attn_implementation=attention), set()
+    model.register_forward_pre_hook(lambda *_: seen.add(model.config._attn_implementation))
+    found = written(ContinuousBatching(), model, temperature=0.0, new=4)
+    assert found == [likeliest(model, prompt, 4) for prompt in PROMPTS]
+    seen = {kind.removeprefix("paged|") for kind in seen}
+    assert seen == {attention} and model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("make", [IN_PROCESS[0], IN_PROCESS[2]], ids=["padded", "continuous"])
+def test_a_generator_without_a_model_is_refused(make):
+    with pytest.raises(InputError, match=r"it has no model, expected update\(model, step\) before"):
+        make().generate([[3]], new_tokens=[1], temperature=1.0, top_p=1.0, seeds=[0], stop=NONE)
 
 
 # Batches.
@@ -313,6 +357,10 @@ def test_the_models_own_end_token_ends_a_text(tmp_path):
     default = OnPolicySampler(1.0, new_tokens=20)
     same(default.replace(data[0], data, model, 0), given.replace(data[0], data, model, 0))
     assert default.logs()["on_policy_stopped"] > 0
+    assert stop_tokens(model) == frozenset(range(10, 20))
+    for ends, wanted in ((7, {7}), (None, set())):
+        model.generation_config.eos_token_id = ends
+        assert stop_tokens(model) == wanted
 
 
 def test_every_text_has_its_own_numbers(tmp_path):
@@ -390,6 +438,17 @@ def test_a_resumed_run_draws_the_same_text(tmp_path, refresh_steps):
         )
 
 
+def test_the_examples_of_a_batch(tmp_path):
+    """Those of the batch itself, over an epoch's end and in any order."""
+    data = batches(tmp_path, max_steps=30)
+    assert data.steps_per_epoch < 20
+    for number in (29, 0, 12, 3):
+        assert data.examples_of(number).tolist() == data[number]["examples"].tolist()
+    assert data.examples_of(0).dtype == np.int64
+    with pytest.raises(IndexError):
+        data.examples_of(30)
+
+
 def test_refreshes_and_how_old_text_is(tmp_path):
     """Three steps' text is written at once, by the weights of the first of them."""
     data, model, seen = batches(tmp_path, max_steps=6), llama(), []
@@ -445,7 +504,7 @@ class FakeServer:
 def test_a_servers_text(tmp_path):
     data, model, server = batches(tmp_path), llama(), FakeServer()
     sampler = OnPolicySampler(
-        1.0, 7, 0.8, 0.9, generator=ServerGenerator(server), stop=[2], seed=11
+        1.0, 7, 0.8, 0.9, generator=ServerGenerator(server), max_staleness=7, stop=[2], seed=11
     )
     sampler.check(data, model)
     batch = sampler.replace(data[2], data, model, 2)
@@ -500,7 +559,13 @@ def test_staleness_is_bounded(tmp_path):
     with pytest.raises(InputError, match=r"7 steps old at the last step, .* max_staleness = 6"):
         OnPolicySampler(1.0, max_staleness=6, **settings()).check(data, model)
     OnPolicySampler(1.0, max_staleness=7, **settings()).check(data, model)
-    OnPolicySampler(1.0, **settings()).check(data, model)
+    with pytest.raises(InputError, match=r"7 steps old at the last step, .* that says so$"):
+        OnPolicySampler(1.0, refresh_steps=20, **settings()).check(data, model)
+    # By itself the bound is what the refreshes make of it.
+    unsaid = OnPolicySampler(1.0, refresh_steps=3, **settings())
+    assert own(unsaid.replace(data[2], data, model, 2))
+    with pytest.raises(InputError, match=r"3 steps old, expected at most max_staleness = 2"):
+        unsaid.replace(data[3], data, model, 3)
     bounded = OnPolicySampler(1.0, max_staleness=2, **settings())
     assert own(bounded.replace(data[2], data, model, 2))
     with pytest.raises(InputError, match=r"3 steps old, expected at most max_staleness = 2"):

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -26,9 +27,10 @@ from slmperf.distill.cache import TeacherCache, TeacherCacheWriter, hash_of_toke
 from slmperf.distill.cache.files import CachedHead, hash_of_model
 from slmperf.distill.cache.fill import top_k_of
 from slmperf.distill.config import DistillationConfig
-from slmperf.distill.packing import PackedBatches
+from slmperf.distill.heads import additive_mask
+from slmperf.distill.packing import PackedBatches, inputs_of
 from slmperf.distill.server import CompletionServer
-from slmperf.distill.step import batch_loss
+from slmperf.distill.step import batch_loss, token_weights
 from slmperf.distill.teacher_text import read_teacher_text, write_teacher_text
 from slmperf.distill.teachers import (
     CachedTeacher,
@@ -302,6 +304,160 @@ def test_another_tokenizer_is_refused(tmp_path, models):
         made(cache, tokenizer(tmp_path / "swapped", swapped))
 
 
+def test_a_tokenizer_is_found_where_the_teacher_came_from(tmp_path, models, monkeypatch):
+    """In any form that Transformers reads, in a folder or the hub's cache; else nothing is said of
+    another, but that.
+    """
+    import transformers
+    from huggingface_hub import constants
+
+    student, model = models
+    examples, settings = data(), config(tmp_path)
+
+    def made(teacher, processing_class):
+        return DistillationTrainer(
+            student, settings, examples, teacher=teacher, processing_class=processing_class
+        )
+
+    own = tokenizer(tmp_path / "own", WORDS)
+    swapped = [*WORDS[:7], WORDS[8], WORDS[7], *WORDS[9:]]
+    folder = tmp_path / "bert"  # a vocabulary in text, and no tokenizer.json
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(swapped))
+    names = {"tokenizer_class": "BertTokenizer", "unk_token": "w00", "pad_token": "w01"}
+    names |= {"cls_token": "w02", "sep_token": "w03", "mask_token": "w04"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    told = "has another tokenizer: its token 7 is 'w08', expected processing_class's 'w07'"
+    teacher = copy.deepcopy(model)
+    teacher.config._name_or_path = str(folder)
+    with pytest.raises(InputError, match=told):
+        made(teacher, own)
+
+    hub, commit = tmp_path / "hub", "0" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    stored = hub / "models--some--teacher" / "snapshots" / commit
+    stored.mkdir(parents=True)
+    model.save_pretrained(stored)
+    tokenizer(stored, swapped)
+    teacher.config._name_or_path, teacher.config._commit_hash = "some/teacher", commit
+    with pytest.raises(InputError, match=told):
+        made(teacher, own)
+
+    (tmp_path / "blank").mkdir()  # of such a one Transformers makes a tokenizer without words
+    (tmp_path / "blank" / "config.json").write_text('{"model_type": "qwen2"}')
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "blank").get_vocab()
+    teacher.config._commit_hash = None
+    for name in ("other/teacher", str(tmp_path / "blank"), ""):
+        teacher.config._name_or_path = name
+        with pytest.warns(UserWarning, match="found no tokenizer beside .*: not compared") as seen:
+            made(teacher, own)
+        assert sum("not compared" in str(one.message) for one in seen) == 1
+    cache = cached(tmp_path / "c", model, examples)
+    with pytest.warns(UserWarning, match="has no hash of a tokenizer: not compared"):
+        made(cache, own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made(teacher, None)
+        made(cache, None)
+
+
+SIZES = [(64, 70), (70, 64)]  # vocabularies of student and teacher, before one tokenizer of 60
+
+
+@pytest.fixture(params=SIZES, ids=["larger-teacher", "larger-student"])
+def padded_models(request, tmp_path):
+    """Student, teacher in a folder with its tokenizer, that tokenizer."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    student = small_models.llama(vocab_size=request.param[0], **sizes)
+    teacher = small_models.llama(vocab_size=request.param[1])
+    with torch.no_grad():
+        teacher.lm_head.weight[60:] = 0  # far from the likeliest
+    teacher.save_pretrained(tmp_path / "teacher")
+    own = tokenizer(tmp_path / "teacher", WORDS[:60])
+    return student, type(teacher).from_pretrained(tmp_path / "teacher"), own
+
+
+@pytest.mark.parametrize("kind", ["exact", "model", "hidden", "top_k"])
+def test_rows_beyond_the_smaller_vocabulary_are_left_out(tmp_path, padded_models, kind):
+    student, model, own = padded_models
+    examples, settings = data(vocabulary=60), config(tmp_path, ce_weight=0.3)
+    if kind == "exact":
+        student, model = student.double(), model.double()
+    given = model
+    if kind in ("hidden", "top_k"):
+        changes = {"top_k": 12} if kind == "top_k" else {}
+        given = cached(
+            tmp_path / "c", model, examples, tokenizer_hash=hash_of_tokenizer(own), **changes
+        )
+    trainer = DistillationTrainer(
+        student, settings, examples, examples, teacher=given, processing_class=own
+    )
+    batch = PackedBatches(examples, settings)[0]
+    assert len(batch["examples"]) > len(batch["input_ids"])  # packed
+    found = batch_loss(student, trainer.teacher, batch, settings)
+    found.loss.backward()
+
+    def logits(model):
+        whole = model(**inputs_of(batch) | additive_mask(model, inputs_of(batch))).logits
+        return whole.flatten(0, 1)[batch["positions"]][:, :64]
+
+    with torch.no_grad():
+        wanted = logits(model)
+        if kind == "top_k":
+            least = wanted.topk(12).values[:, -1:]
+            wanted = wanted.masked_fill(wanted < least, -torch.inf)
+        p, log_q = wanted.softmax(-1), logits(student).log_softmax(-1)
+        kd = (torch.xlogy(p, p) - p * log_q).sum(-1)
+        ce = -log_q.gather(1, batch["targets"][:, None])[:, 0]
+        weights = token_weights(batch, settings).to(kd)
+        wanted = float(weights @ (0.9 * kd + 0.3 * ce))
+    near = 1e-7 if kind == "exact" else 1e-5  # weights are fp32
+    assert found.loss.item() == pytest.approx(wanted, rel=near)
+    gradient = student.lm_head.weight.grad
+    assert bool((gradient[64:] == 0).all()) and bool((gradient[:64] != 0).any(dim=1).all())
+    evaluated = trainer.evaluate()
+    assert 0 < evaluated["eval_kd"] < 20 and 0 < evaluated["eval_loss"] < 20
+
+
+def test_other_sizes_without_a_known_tokenizer_are_refused(tmp_path, padded_models):
+    student, model, own = padded_models
+    examples, settings = data(vocabulary=60), config(tmp_path)
+
+    def made(teacher, given=examples, processing_class=own):
+        return DistillationTrainer(
+            student, settings, given, teacher=teacher, processing_class=processing_class
+        )
+
+    assert made(model).teacher.any_text == (model.config.vocab_size == 70)
+    sizes = f"{model.config.vocab_size}, expected the student's {student.config.vocab_size}"
+    with pytest.raises(InputError, match=sizes + ", .* one tokenizer: processing_class, and a tok"):
+        made(model, processing_class=None)
+    made(model, processing_class=tokenizer(tmp_path / "all", WORDS))
+    more = tokenizer(tmp_path / "more", [*WORDS, "w64"])
+    with pytest.raises(InputError, match="every token below both, found 64"):
+        made(model, processing_class=more)
+    tokenizer(tmp_path / "teacher", [*WORDS, "w64"])
+    with pytest.raises(InputError, match="every token below both, found 64"):
+        made(model)
+    tokenizer(tmp_path / "teacher", WORDS[:60])
+    beyond = [*examples, {"input_ids": [1, 66], "answer": [False, True]}]
+    with pytest.raises(InputError, match="the token 66|every token below both, found 66"):
+        made(model, beyond)
+    (tmp_path / "teacher" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=sizes):
+        made(model)
+    cache = cached(tmp_path / "c", model, examples)
+    with pytest.raises(InputError, match=sizes + ", .* was written with its tokenizer_hash"):
+        made(cache)
+    if student.config.vocab_size == 64:  # padding among the likeliest
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+        hashes = {"tokenizer_hash": hash_of_tokenizer(own)}
+        cache = cached(tmp_path / "k", model, examples, top_k=68, **hashes)
+        with pytest.raises(InputError, match=r"expects the token \d+, expected ids below the stud"):
+            made(cache)
+
+
 def test_a_cache_of_other_examples_is_refused(tmp_path, models):
     student, model = models
     settings, examples = config(tmp_path), data()
@@ -565,9 +721,9 @@ class Drawn:
 
 
 def write(folder, source=None, examples=None, **changes):
-    settings = {"new_tokens": 9, "seed": 3, "context": CONTEXT, "at_once": 4, **changes}
+    settings = {"teacher": "small", "new_tokens": 9, "seed": 3, "context": CONTEXT, "at_once": 4}
     return write_teacher_text(
-        source or Drawn(), examples or data(40), folder / "t.jsonl", **settings
+        source or Drawn(), examples or data(40), folder / "t.jsonl", **(settings | changes)
     )
 
 
@@ -626,6 +782,9 @@ def test_files_and_prompts_that_are_wrong_are_refused(tmp_path):
     path = write(tmp_path)
     for changes, told in (
         ({"seed": 4}, "its seed is 3, expected 4"),
+        ({"teacher": "large"}, "its teacher is 'small', expected 'large'"),
+        ({"teacher": None}, "teacher is None and the source a Drawn, expected the name"),
+        ({"seed": -1}, "seed is -1, expected at least 0"),
         ({"stop": frozenset({2})}, r"its stop is \[\], expected \[2\]"),
         ({"examples": data(39)}, "its examples is 40, expected 39"),
         ({"examples": data(40, seed=1)}, "its prompts is "),
@@ -666,7 +825,8 @@ def test_a_student_learns_a_servers_text(tmp_path, models):
         assert all(one in asked for one in prompts[16:])
         assert not any(one in asked for one in prompts[:16])
     examples = read_teacher_text(path)
-    assert json.loads(path.read_text().splitlines()[0])["teacher"] == "teacher"
+    header = json.loads(path.read_text().splitlines()[0])
+    assert header["teacher"] == f"teacher at {server.url}"
     assert {len(one["input_ids"]) for one in examples} == {10}
     trainer = DistillationTrainer(
         student, config(tmp_path, max_steps=20, learning_rate=2e-2), examples, examples

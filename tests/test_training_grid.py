@@ -86,7 +86,7 @@ def divergence(p, q, name, weight):
     if name == "skew_forward_kl":
         return kl(p, weight * p + (1 - weight) * q)
     if name == "skew_reverse_kl" and weight > 0:
-        return kl(q, (1 - weight) * q + weight * p)
+        return kl(q, (1 - weight) * p + weight * q)
     forward = name == "forward_kl" or (name, weight) == ("jsd", 0.0)
     return kl(p, q) if forward else kl(q, p)
 

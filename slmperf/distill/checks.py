@@ -57,8 +57,9 @@ def check_start(
             )
         if teacher is not None and not teacher.any_text and on_policy.fraction > 0:
             raise InputError(
-                f"train: on_policy.fraction is {on_policy.fraction} and the teacher is a cache, "
-                "wanted 0, or a teacher that reads the student's text: a model or a server"
+                f"train: on_policy.fraction is {on_policy.fraction} and the teacher does not read "
+                "all text of the student (a cache, or a model of a smaller vocabulary), wanted 0, "
+                "or one that does: a model or a server"
             )
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slmperf.check import InputError
-from slmperf.distill.heads import student_head, unwrapped
+from slmperf.distill.heads import same_vocabulary, student_head, unwrapped
 from slmperf.distill.loss import DistillationLoss
 from slmperf.distill.packing import inputs_of
 from slmperf.distill.step import autocast
@@ -59,7 +59,8 @@ def validation(
 ) -> dict[str, float]:
     """Measure `model` on the answers of all batches; the same on every rank.
 
-    loss    mean cross entropy of the answer tokens, nats
+    loss    mean cross entropy of the answer tokens, nats; without the rows of the student's head
+            that are beyond the teacher's vocabulary
     kd      with a teacher, the configuration's divergence from it, mean over the same tokens
     auc     with label_tokens (no, yes), over all answers that are one of them; the score is the
             difference of those two logits
@@ -89,6 +90,8 @@ def validation(
                 given = None if teacher is None else teacher.rows(batch)
             with autocast(config, device):
                 student = student_head(model, inputs_of(batch), positions=batch["positions"])
+            if teacher is not None and given is not None:
+                student, given = same_vocabulary(student, given, teacher.vocabulary)
             found = loss(student, given, labels=batch["targets"])
             row = sums[number]
             row[_CROSS_ENTROPY], row[_DIVERGENCE] = found.cross_entropy, found.divergence
@@ -176,7 +179,7 @@ def sample(
     A line has step, example (its key), tokens (the continuation), and as texts prompt, continuation
     and reference, what the example has there.
     """
-    from slmperf.distill.on_policy import PaddedGeneration
+    from slmperf.distill.on_policy import PaddedGeneration, stop_tokens
 
     inner = unwrapped(model)
     known = getattr(inner.config, "max_position_embeddings", None) or np.inf
@@ -185,15 +188,16 @@ def sample(
     prompts = {index: ids for index, ids in prompts.items() if 0 < len(ids) < known}
     generator = PaddedGeneration()
     generator.update(inner, step)
-    end = inner.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    ends = end if isinstance(end, list) else [] if end is None else [end]
+    stop = stop_tokens(inner)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stop |= {tokenizer.eos_token_id}
     found = generator.generate(
         [ids.tolist() for ids in prompts.values()],
         new_tokens=[int(min(new_tokens, known - len(ids))) for ids in prompts.values()],
         temperature=0.0,
         top_p=1.0,
         seeds=[0] * len(prompts),
-        stop=frozenset(ends),
+        stop=stop,
     )
     lines = []
     for (index, ids), tokens in zip(prompts.items(), found, strict=True):

@@ -20,6 +20,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from slmperf.check import InputError
-from slmperf.ops import StudentHead, TeacherHead
-from slmperf.ops.kd_loss.heads import scaled
+from slmperf.ops import StudentHead, TeacherHead, TeacherLogits, TeacherTopK
+from slmperf.ops.kd_loss.heads import Teacher, scaled
+from slmperf.ops.kd_loss.inputs import whole
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _SCALES = {  # name -> whether it multiplies
@@ -71,6 +73,30 @@ def teacher_head(
 ) -> TeacherHead:
     """The same of a teacher, without a graph. The caller has put it into eval()."""
     return TeacherHead(*_run(model, inputs, positions, dtype))
+
+
+def same_vocabulary(
+    student: StudentHead, teacher: Teacher, tokens: int | None = None
+) -> tuple[StudentHead, Teacher]:
+    """Both over their first V tokens, V the smaller of their vocabularies: views, where they are
+    not of one size already. What is beyond gets no gradient.
+
+    tokens  V of a teacher that does not know it (TeacherTopK); None: the student's
+    """
+    tokens = tokens if isinstance(teacher, TeacherTopK) else teacher.vocabulary
+    size = student.vocabulary if tokens is None else min(tokens, student.vocabulary)
+    return _first(student, size), _first(teacher, size)
+
+
+def _first(head: Any, size: int) -> Any:
+    """Of `size` tokens; a head that FSDP 2 holds in shards is gathered."""
+    if isinstance(head, TeacherTopK) or head.vocabulary == size:
+        return head
+    if isinstance(head, TeacherLogits):
+        return TeacherLogits(head.logits[:, :size])
+    head = whole(head)
+    bias = None if head.bias is None else head.bias[:size]
+    return replace(head, weight=head.weight[:size], bias=bias)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -104,10 +104,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if "step" not in state:
             state["step"] = torch.zeros(())
         if not plain and "master" not in state:
-            state["master"] = _pinned(one).copy_(one)
+            state["master"] = _host_memory(one, "master").copy_(one)
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
-                state[name] = _pinned(one).zero_()
+                state[name] = _host_memory(one, name).zero_()
         weights = one if plain else state["master"]
         beta1, beta2 = group["betas"]
         adamw(
@@ -151,16 +151,22 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self.state[one] = {
                 name: value.detach().float().cpu().clone()
                 if name == "step"
-                else _pinned(one).copy_(value)
+                else _host_memory(one, name).copy_(value)
                 for name, value in values.items()
             }
 
 
-def _pinned(like: Tensor) -> Tensor:
-    """fp32 memory of the host in the parameter's layout; pinned where that is on a GPU."""
-    if like.device.type != "cuda":
-        return torch.empty_like(like, dtype=torch.float32, device="cpu")
-    return torch.empty(like.shape, dtype=torch.float32, pin_memory=True)
+def _host_memory(one: Tensor, name: str) -> Tensor:
+    """fp32 memory of the host for a parameter's master or moment.
+
+    Pinned memory is scarce (it cannot be paged out), and copies alone gain by it: it is for the
+    master of an fp32 parameter on a GPU, which _to_device copies as it is. Of a narrower parameter
+    that copies a rounded master; moments never leave the host.
+    """
+    if one.device.type != "cuda":
+        return torch.empty_like(one, dtype=torch.float32, device="cpu")
+    pinned = name == "master" and one.dtype == torch.float32
+    return torch.empty(one.shape, dtype=torch.float32, pin_memory=pinned)
 
 
 def _to_host(

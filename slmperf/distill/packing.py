@@ -164,18 +164,12 @@ class PackedBatches(torch.utils.data.Dataset[Batch]):
         return self._length
 
     def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        first = index * self.rows_per_batch
-        last = first + self.rows_per_batch
-        if self.once:
-            last = min(last, self.rows_per_epoch)
-        packed = []  # (examples of the row, the epoch's mask of tokens kept in the loss)
-        for row in range(first, last):
-            epoch, place = divmod(row, self.rows_per_epoch)
-            self._load_epoch(epoch)
-            packed.append((self._rows[place], self._kept))
-        return self._batch(self._marked, packed, index)
+        return self._batch(self._marked, self._rows_of(index), index)
+
+    def examples_of(self, number: int) -> np.ndarray:
+        """(S,) int64, places in the data set of batch `number`'s examples, in its order."""
+        rows = self._rows_of(number)
+        return np.array([index for row, _ in rows for index in row], dtype=np.int64)
 
     @property
     def shares_rows(self) -> bool:
@@ -218,6 +212,21 @@ class PackedBatches(torch.utils.data.Dataset[Batch]):
         batch = self._batch(marked, [(row, everything) for row in rows], number, sample=1.0)
         del batch["targets"]
         return {**batch, "examples": torch.full_like(batch["examples"], -1)}
+
+    def _rows_of(self, number: int) -> list[tuple[list[int], np.ndarray]]:
+        """A batch's rows: the examples of each, and its epoch's mask of tokens kept in the loss."""
+        if not 0 <= number < self._length:
+            raise IndexError(number)
+        first = number * self.rows_per_batch
+        last = first + self.rows_per_batch
+        if self.once:
+            last = min(last, self.rows_per_epoch)
+        packed = []
+        for row in range(first, last):
+            epoch, place = divmod(row, self.rows_per_epoch)
+            self._load_epoch(epoch)
+            packed.append((self._rows[place], self._kept))
+        return packed
 
     def _packed(self, lengths: np.ndarray, random: np.random.Generator) -> list[list[int]]:
         if self.config.packing:

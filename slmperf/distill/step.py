@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slmperf.distill.config import DistillationConfig
-from slmperf.distill.heads import student_head
+from slmperf.distill.heads import same_vocabulary, student_head
 from slmperf.distill.loss import DistillationLoss
 from slmperf.distill.packing import Batch, inputs_of
 from slmperf.distill.teachers import Teacher
@@ -40,6 +40,8 @@ def batch_loss(
             given = teacher.rows(batch)
     with autocast(config, device):
         student = student_head(model, inputs_of(batch), positions=batch["positions"])
+    if teacher is not None and given is not None:
+        student, given = same_vocabulary(student, given, teacher.vocabulary)
     weight = token_weights(batch, config, totals)
     weight = weight if whole == 1.0 else weight * whole
     return loss(student, given, labels=targets, token_weight=weight, normalizer=1.0)

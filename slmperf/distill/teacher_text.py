@@ -23,18 +23,16 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from slmperf.check import InputError
 from slmperf.distill.cache.files import acquire
 from slmperf.distill.examples import example_of
+from slmperf.distill.on_policy.generators import Generator, text_seed
 from slmperf.distill.server import CompletionServer
 from slmperf.models.files import fsync
-
-if TYPE_CHECKING:
-    from slmperf.distill.on_policy import Generator
 
 FORMAT = 1
 
@@ -44,6 +42,7 @@ def write_teacher_text(
     examples: Sequence[Any],
     path: str | os.PathLike[str],
     *,
+    teacher: str | None = None,
     new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -60,6 +59,8 @@ def write_teacher_text(
     was killed.
 
     source      a generator of slmperf.distill.on_policy, or a server
+    teacher     the teacher's name, of its weights: the file has it, and only a teacher of that name
+                goes on with it. A generator needs one; None for a server: its model and address
     examples    as slmperf.distill.examples has them: the prompt is what stands before the first
                 answer, all of one without answers or marks; or lists of ids, prompts themselves
     new_tokens  tokens of a text at most
@@ -67,10 +68,12 @@ def write_teacher_text(
     context     tokens of prompt and text together at most
     at_once     texts that are asked for together, and written together
 
-    InputError for a file that was begun with other arguments, a prompt that is empty or leaves no
-    room in `context`, and whatever the source raises.
+    InputError for a file that was begun with other arguments, a generator without a name, a prompt
+    that is empty or leaves no room in `context`, and whatever the source raises.
     """
     path = Path(path)
+    if seed < 0:
+        raise InputError(f"teacher's text: seed is {seed}, expected at least 0")
     keys, prompts = _prompts(examples)
     room = [_room(key, ids, new_tokens, context) for key, ids in zip(keys, prompts, strict=True)]
     digest = hashlib.blake2b(digest_size=16)
@@ -78,9 +81,15 @@ def write_teacher_text(
         digest.update(json.dumps([key, prompt]).encode())
     ask: Callable[..., list[list[int]]]
     if isinstance(source, CompletionServer):
-        ask, teacher = source.complete, source.check()
+        ask, model = source.complete, source.check()
+        teacher = teacher or f"{model} at {source.url}"
     else:
-        ask, teacher = source.generate, type(source).__name__
+        ask = source.generate
+        if not teacher:
+            raise InputError(
+                f"teacher's text: teacher is {teacher!r} and the source a {type(source).__name__}, "
+                "expected the name of its weights"
+            )
     header = {
         "teacher_text": FORMAT,
         "teacher": teacher,
@@ -115,7 +124,7 @@ def write_teacher_text(
                     new_tokens=[room[place] for place in chosen],
                     temperature=temperature,
                     top_p=top_p,
-                    seeds=[_seed(seed, place) for place in chosen],
+                    seeds=[text_seed(seed, place) for place in chosen],
                     stop=stop,
                 )
                 for place, text in zip(chosen, texts, strict=True):
@@ -198,12 +207,6 @@ def _room(key: int | str, prompt: list[int], new_tokens: int, context: int | Non
             f"{len(prompt)} tokens, expected room for one more in context = {context}"
         )
     return room
-
-
-def _seed(seed: int, place: int) -> int:
-    """31 bits: what every server takes."""
-    mixed = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=4).digest()
-    return int.from_bytes(mixed, "little") >> 1
 
 
 def _line(content: dict[str, Any]) -> bytes:

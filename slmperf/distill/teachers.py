@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from slmperf.check import InputError
-from slmperf.distill.cache import TeacherCache, hash_of_tokenizer
+from slmperf.distill.cache import TeacherCache
 from slmperf.distill.heads import teacher_head, unwrapped
 from slmperf.distill.packing import inputs_of
 from slmperf.distill.server import CompletionServer, TopTokens
+from slmperf.distill.vocabulary import check_cache, check_model, config_of
 from slmperf.ops import TeacherHead, TeacherTopK
 from slmperf.ops.divergence import code_of
 from slmperf.ops.kd_loss.heads import TAILS
@@ -40,10 +40,15 @@ _PROBE = 16  # tokens that a server is asked about before training
 class Teacher(Protocol):
     """What a training wants to know at every batch.
 
-    any_text  whether it knows what comes after any text, or after some that were given before
+    any_text    whether it knows what comes after any text, or after some that were given before
+    vocabulary  V of rows that do not say it themselves (TeacherTopK); None: the student's
     """
 
-    any_text: ClassVar[bool]
+    @property
+    def any_text(self) -> bool: ...
+
+    @property
+    def vocabulary(self) -> int | None: ...
 
     def check(
         self, student: torch.nn.Module, batches: PackedBatches, processing_class: Any
@@ -73,10 +78,11 @@ class ModelTeacher:
     It is put into eval() and otherwise left as it is.
     """
 
-    any_text: ClassVar[bool] = True
+    vocabulary: ClassVar[None] = None
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+        self.any_text = True
 
     def check(
         self, student: torch.nn.Module, batches: PackedBatches, processing_class: Any
@@ -88,14 +94,15 @@ class ModelTeacher:
                 "train: the teacher is the student itself, expected another model; a copy "
                 "(copy.deepcopy) for one that learns from itself"
             )
-        config, context = _config(own), batches.config.context
-        _check_vocabulary("the teacher", config.vocab_size, student)
+        config, context = config_of(own), batches.config.context
         known = getattr(config, "max_position_embeddings", None) or context
         if known < context:
             raise InputError(
                 f"train: the teacher knows {known} positions, expected at least context = {context}"
             )
-        _check_tokenizer(own, processing_class)
+        check_model(own, student, batches, processing_class)
+        # Of a larger vocabulary the student may draw what this model cannot read.
+        self.any_text = config_of(student).vocab_size <= config.vocab_size
 
     def to(self, device: torch.device | str) -> None:
         self.model.to(device).eval()
@@ -118,7 +125,8 @@ class CachedTeacher:
 
     def __init__(self, cache: TeacherCache, tail: str = "renormalise") -> None:
         _check_tail("CachedTeacher", tail)
-        self.cache, self.tail = cache, tail
+        self.cache, self.tail, self.vocabulary = cache, tail, cache.vocabulary
+        self._tokens = cache.vocabulary  # those that the student has too
         self._batches: PackedBatches | None = None
         self._others: weakref.WeakKeyDictionary[PackedBatches, CachedTeacher | None]
         self._others = weakref.WeakKeyDictionary()
@@ -130,14 +138,8 @@ class CachedTeacher:
         of other tokens, a position of the first batch that it has not, and a tail that the
         divergence cannot take. From here on rows are those of `batches`.
         """
-        where = f"the cache {self.cache.folder}"
-        _check_vocabulary(where, self.cache.vocabulary, student)
-        wanted, found = _tokenizer_of(processing_class), self.cache.manifest.get("tokenizer")
-        if wanted is not None and found is not None and found != hash_of_tokenizer(wanted):
-            raise InputError(
-                f"train: {where} was written with the tokenizer {found:.12}..., expected "
-                f"processing_class's {hash_of_tokenizer(wanted):.12}..."
-            )
+        check_cache(self.cache, student, batches, processing_class)
+        self._tokens = min(self.vocabulary, config_of(student).vocab_size)
         if self.cache.kind == "top_k":
             _check_loss(batches, self.tail)
         self._bind(batches)
@@ -151,6 +153,7 @@ class CachedTeacher:
             return self
         if batches not in self._others:
             other = CachedTeacher(self.cache, self.tail)
+            other._tokens = self._tokens
             try:
                 other._bind(batches)
             except InputError:
@@ -173,6 +176,14 @@ class CachedTeacher:
             positions=batch["places"],
             tokens=found.tokens,
         )
+        if rows.indices is not None and self._tokens < self.vocabulary:
+            largest = int(rows.indices.max()) if len(rows.indices) else 0
+            if largest >= self._tokens:
+                raise InputError(
+                    f"train: the cache {self.cache.folder} expects the token {largest}, expected "
+                    f"ids below the student's vocabulary of {self._tokens}; hidden states, or a "
+                    "smaller k, leave such padding out"
+                )
         return self.cache.teacher(rows, device=batch["positions"].device, tail=self.tail)
 
     def _bind(self, batches: PackedBatches) -> None:
@@ -206,6 +217,7 @@ class ServerTeacher:
     """
 
     any_text: ClassVar[bool] = True
+    vocabulary: ClassVar[None] = None
 
     def __init__(
         self,
@@ -229,7 +241,7 @@ class ServerTeacher:
         self.top_k, self.tail = top_k, tail
         self._room = round(remember_mib * 2**20)  # bytes
         self._known: dict[bytes, TopTokens] = {}  # oldest first
-        self._vocabulary: int | None = None  # the student's
+        self._students: int | None = None  # the size of its vocabulary
 
     def check(
         self, student: torch.nn.Module, batches: PackedBatches, processing_class: Any
@@ -238,11 +250,11 @@ class ServerTeacher:
         log-probabilities of a prompt, or k of them, or reads shorter texts; for tokens that the
         student has not, and a tail that the divergence cannot take.
         """
-        self._vocabulary = _config(unwrapped(student)).vocab_size
-        if self.top_k > self._vocabulary:
+        self._students = config_of(student).vocab_size
+        if self.top_k > self._students:
             raise InputError(
                 f"ServerTeacher: top_k is {self.top_k}, expected at most the student's vocabulary "
-                f"of {self._vocabulary}"
+                f"of {self._students}"
             )
         _check_loss(batches, self.tail)
         self.server.check()
@@ -280,10 +292,10 @@ class ServerTeacher:
         answers = self.server.prompt_logprobs([text.tolist() for text in new.values()], self.top_k)
         for name, answer in zip(new, answers, strict=True):
             largest = int(answer.indices.max()) if answer.indices.numel() else 0
-            if self._vocabulary is not None and largest >= self._vocabulary:
+            if self._students is not None and largest >= self._students:
                 raise InputError(
                     f"server {self.server.url}: expects the token {largest}, expected ids below "
-                    f"the student's vocabulary of {self._vocabulary}"
+                    f"the student's vocabulary of {self._students}"
                 )
             found[name] = answer
             self._known[name] = answer
@@ -334,20 +346,8 @@ def as_teacher(given: Any) -> Teacher | None:
     return given
 
 
-def _config(model: torch.nn.Module) -> Any:
-    return model.config.get_text_config(decoder=True)
-
-
 def _bytes(name: bytes, answer: TopTokens) -> int:
     return len(name) + answer.indices.nbytes + answer.log_probs.nbytes
-
-
-def _check_vocabulary(where: str, found: int, student: torch.nn.Module) -> None:
-    wanted = _config(unwrapped(student)).vocab_size
-    if found != wanted:
-        raise InputError(
-            f"train: {where} has a vocabulary of {found}, expected the student's {wanted}"
-        )
 
 
 def _check_tail(name: str, tail: str) -> None:
@@ -370,30 +370,3 @@ def _check_loss(batches: PackedBatches, tail: str) -> None:
         raise InputError(
             f"{told} 'renormalise' at temperature {temperature}: the tail is known at 1 alone"
         )
-
-
-def _tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer itself, also inside a processor of text and pictures."""
-    return getattr(processing_class, "tokenizer", processing_class)
-
-
-def _check_tokenizer(model: torch.nn.Module, processing_class: Any) -> None:
-    """Compare tokens with those of the tokenizer that lies beside the teacher's weights, if any.
-
-    Their ids decide, not all that makes a tokenizer: a padding token that was added, or another
-    template, leaves what the teacher says of a token as it is.
-    """
-    folder = str(getattr(model.config, "_name_or_path", "") or "")
-    wanted = _tokenizer_of(processing_class)
-    if wanted is None or not folder or not Path(folder, "tokenizer.json").is_file():
-        return
-    from transformers import AutoTokenizer
-
-    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    theirs = {number: token for token, number in found.get_vocab().items()}
-    for token, number in sorted(wanted.get_vocab().items(), key=lambda entry: entry[1]):
-        if theirs.get(number, token) != token:
-            raise InputError(
-                f"train: the teacher in {folder} has another tokenizer: its token {number} is "
-                f"{theirs[number]!r}, expected processing_class's {token!r}"
-            )

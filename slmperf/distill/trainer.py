@@ -64,7 +64,7 @@ class DistillationTrainer(Trainer):
     args              DistillationConfig
     train_dataset     examples, see slmperf.distill.examples; anything with a length and an index
     eval_dataset      of the same; or a dict of several
-    teacher           a model with the student's vocabulary, a TeacherCache, a ServerTeacher; None:
+    teacher           a model with the student's tokenizer, a TeacherCache, a ServerTeacher; None:
                       cross entropy alone (SFT)
     processing_class  the tokenizer, saved with each checkpoint and compared with the teacher's
     on_policy         OnPolicySampler: batches of the student's own text
@@ -163,12 +163,11 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             remove_unfinished(self.folder)
         if resume_from_checkpoint is True:  # the first rank looks for all
-            found: list[Any] = [str(path) for path in checkpoint.checkpoints(self.folder)[-1:]] or [
-                None
-            ]
-            resume_from_checkpoint = broadcast_object_list(found)[0]
+            newest = [None, *checkpoint.checkpoints(self.folder)][-1]
+            resume_from_checkpoint = broadcast_object_list([newest])[0]
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint)
+            resume_from_checkpoint = str(path)
             self._check_resumed(path)
             if self._stopped_early(path):
                 self._load_from_checkpoint(str(path))

@@ -6,11 +6,12 @@ With p = softmax(teacher / temperature) and q = softmax(student / temperature) a
     ReverseKL             KL(q || p) = sum_v q (log q - log p)
     JSD(beta)             beta KL(p || m) + (1 - beta) KL(q || m),    m = beta p + (1 - beta) q
     SkewForwardKL(alpha)  KL(p || m),                                 m = alpha p + (1 - alpha) q
-    SkewReverseKL(alpha)  KL(q || m),                                 the same m
+    SkewReverseKL(alpha)  KL(q || m),                                 m = (1 - alpha) p + alpha q
     TotalVariation        1/2 sum_v |p - q|
 
 The JSD is that of GKD (Agarwal et al., arXiv 2306.13649), the skewed divergences are those of
-DistiLLM (Ko et al., arXiv 2402.03898), whose m of the reverse one is (1 - alpha) q + alpha p. By
+DistiLLM (Ko et al., arXiv 2402.03898): alpha is the share in m of the distribution that the
+divergence is taken of, so that a skew of 0 is the KL itself. By
 the formula the JSD vanishes at both ends of beta; as everywhere in the field JSD(0) is ForwardKL
 and JSD(1) is ReverseKL, by special case at exactly these numbers, and beta is never clamped.
 JSD(beta, rescale=True) divides the interior by beta (1 - beta), which tends to the two KLs
@@ -21,13 +22,13 @@ Terms follow 0 log 0 = 0, so entries that both models mask with -inf drop out. F
 where the student gives nothing to what the teacher allows (its gradient q - p stays finite);
 ReverseKL is +inf in the opposite case, and its gradient is then not finite; the others always are.
 
-Gradients by the student's logits, with l = log q - log p and m as above (beta for alpha):
+Gradients by the student's logits, with l = log q - log p and m as above:
 
     ForwardKL       (q - p) / temperature
     ReverseKL       q (l - KL(q || p)) / temperature
     JSD             (1 - beta) q (log(q / m) - KL(q || m)) / temperature
     SkewForwardKL   -(1 - alpha) q (r - sum q r) / temperature,   r = p / m
-    SkewReverseKL   q (g - sum q g) / temperature,    g = log(q / m) - (1 - alpha) q / m
+    SkewReverseKL   q (g - sum q g) / temperature,    g = log(q / m) - alpha q / m
     TotalVariation  1/2 q (s - sum q s) / temperature,    s = sign(q - p)
 
 Inputs are float32, bfloat16 or float16 (float64 in the reference); all maths is float32 or wider
@@ -91,7 +92,7 @@ class SkewForwardKL:
 
 @dataclass(frozen=True)
 class SkewReverseKL:
-    """KL(student || (1 - alpha) student + alpha teacher); alpha 0 is ReverseKL()."""
+    """KL(student || (1 - alpha) teacher + alpha student); alpha 0 is ReverseKL()."""
 
     alpha: float = 0.1
 
@@ -127,7 +128,7 @@ SCHEMA_BACKWARD = (
 # [2] the teacher's largest logit, [3] the student's log-sum less the teacher's, [4] what centres
 # the gradient. For ForwardKL that is 0; for ReverseKL the mean under q of x_student - x_teacher, in
 # which the log-sums cancel; for the JSD KL(q || m); for the others the mean under q of p / m - 1,
-# of log(q / m) - (1 - alpha) (q / m - 1), of the sign. [5] is what rounding took from [4]: where
+# of log(q / m) - alpha (q / m - 1), of the sign. [5] is what rounding took from [4]: where
 # the models are apart, the gradient is a small difference from it. [6] is log sum exp(x) of the
 # student, for a cross entropy beside the divergence (kd_loss), else 0.
 STATISTICS = 7
@@ -192,7 +193,7 @@ def code_of(kind: Kind) -> tuple[str, float]:
     if isinstance(kind, SkewForwardKL) and kind.alpha:
         return "skew_forward_kl", kind.alpha
     if isinstance(kind, SkewReverseKL) and kind.alpha:
-        return "skew_reverse_kl", kind.alpha
+        return "skew_reverse_kl", 1.0 - kind.alpha
     if isinstance(kind, TotalVariation):
         return "total_variation", 0.0
     if isinstance(kind, ForwardKL | SkewForwardKL) or (isinstance(kind, JSD) and kind.beta == 0.0):

@@ -5,6 +5,7 @@ Generator             what such text comes from: a protocol
 PaddedGeneration      the model itself, batches of left-padded prompts
 ContinuousBatching    the model itself, through Transformers' continuous batching
 ServerGenerator       a model behind an OpenAI-compatible server
+stop_tokens           the tokens that end a text of a model
 """
 
 from slmperf.distill.on_policy.generators import (
@@ -13,6 +14,7 @@ from slmperf.distill.on_policy.generators import (
     PaddedGeneration,
     ServerGenerator,
     default_generator,
+    stop_tokens,
 )
 from slmperf.distill.on_policy.sampler import OnPolicySampler
 
@@ -23,4 +25,5 @@ __all__ = [
     "PaddedGeneration",
     "ServerGenerator",
     "default_generator",
+    "stop_tokens",
 ]

@@ -36,6 +36,9 @@ from slmperf.distill.heads import unwrapped
 from slmperf.distill.server import CompletionServer
 
 _PAGE = 256  # tokens of a page of continuous batching: the default of Transformers
+# Whether its configuration says if it may switch to flash attention.
+_SWITCHES = hasattr(ContinuousBatchingConfig, "auto_switch_to_flash")
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)  # what flash attention computes with
 
 
 class Generator(Protocol):
@@ -74,15 +77,29 @@ class Generator(Protocol):
 
 
 def default_generator(model: torch.nn.Module) -> Generator:
-    """Continuous batching on CUDA with flash attention, padded batches elsewhere.
+    """Continuous batching on CUDA with flash attention and bf16 or fp16 weights, padded batches
+    elsewhere.
 
     Without flash attention, continuous batching masks every request's tokens against those of all
     others: on a CPU it wrote 0.4 (5 layers of width 64) to 0.8 times (8 of 512) as many tokens a
     second as padded batches.
     """
     inner = _base(model)
-    flash = "flash" in (inner.config._attn_implementation or "")
-    return ContinuousBatching() if inner.device.type == "cuda" and flash else PaddedGeneration()
+    paged = inner.device.type == "cuda" and _flash(inner) and inner.dtype in _FLASH_DTYPES
+    return ContinuousBatching() if paged else PaddedGeneration()
+
+
+def stop_tokens(model: torch.nn.Module) -> frozenset[int]:
+    """The tokens that end a text of a model, by its generation_config; it may name none."""
+    settings: Any = unwrapped(model).generation_config
+    ends = settings.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    return frozenset(int(token) for token in ends)
+
+
+def text_seed(seed: int, *place: int) -> int:
+    """31 bits, what every server takes, for the text at some place of a run; all >= 0."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0]) >> 1
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -136,10 +153,9 @@ class PaddedGeneration:
         seeds: Sequence[int],
         stop: frozenset[int],
     ) -> list[list[int]]:
-        assert self.model is not None  # update comes first
         texts: list[list[int]] = [[]] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda one: len(prompts[one]))
-        with _generating(self.model) as model:
+        with _generating(_updated(self)) as model:
             for first in range(0, len(order), self.rows):
                 part = order[first : first + self.rows]
                 limits = [new_tokens[one] for one in part]
@@ -180,6 +196,12 @@ class ContinuousBatching:
                 f"ContinuousBatching: the model's attention is {attention!r}, expected sdpa, eager "
                 "or flash attention; PaddedGeneration takes any"
             )
+        # It runs in a thread of Transformers, which the training's autocast does not reach.
+        if _flash(inner) and inner.dtype not in _FLASH_DTYPES:
+            raise InputError(
+                f"ContinuousBatching: the model has {attention} and weights of {inner.dtype}, "
+                "expected bf16 or fp16 ones; PaddedGeneration takes any"
+            )
 
     def update(self, model: torch.nn.Module, step: int) -> None:
         self.model, self.step = model, step
@@ -194,14 +216,13 @@ class ContinuousBatching:
         seeds: Sequence[int],
         stop: frozenset[int],
     ) -> list[list[int]]:
-        assert self.model is not None  # update comes first
         if not prompts:
             return []
         names = [f"text {place}" for place in range(len(prompts))]
         uniforms = dict(zip(names, _uniforms(seeds, new_tokens), strict=True))
         lengths = [len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True)]
         ends = sorted(stop) or [-1]
-        with _generating(self.model) as model, _young_garbage():
+        with _generating(_updated(self)) as model, _paged_attention(model), _young_garbage():
             manager = model.init_continuous_batching(
                 GenerationConfig(
                     do_sample=False, max_new_tokens=max(new_tokens), eos_token_id=ends
@@ -242,7 +263,8 @@ class ServerGenerator:
 
     The server's weights are those of step 0, the ones that training starts from, unless `publish`
     is given: publish(model, step) puts the model's weights there (a file that the server loads
-    again, say) and returns once they are in use. Each rank calls it.
+    again, say) and returns once they are in use. Each rank calls it. Without it, an OnPolicySampler
+    has to be told by max_staleness how old they may get.
     """
 
     def __init__(
@@ -281,6 +303,20 @@ class ServerGenerator:
         )
 
 
+def _updated(generator: PaddedGeneration | ContinuousBatching) -> torch.nn.Module:
+    """The model that it was given."""
+    if generator.model is None:
+        raise InputError(
+            f"{type(generator).__name__}: it has no model, expected update(model, step) before "
+            "generate"
+        )
+    return generator.model
+
+
+def _flash(inner: PreTrainedModel) -> bool:
+    return "flash" in (inner.config._attn_implementation or "")
+
+
 def _base(model: torch.nn.Module) -> PreTrainedModel:
     """The Transformers model inside wrappers; adapters of PEFT stay in its layers."""
     inner = unwrapped(model)
@@ -315,6 +351,23 @@ def _generating(model: torch.nn.Module) -> Iterator[Any]:
                 inner.config.output_router_logits = True
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def _paged_attention(model: Any) -> Iterator[None]:
+    """The model samples with the attention that it trains with: left to itself, Transformers takes
+    flash attention wherever that is installed. Where its configuration has no say in that (before
+    auto_switch_to_flash, see _paging), the model has to ask for the paged kind of its own.
+    """
+    kind = model.config._attn_implementation
+    if _SWITCHES or kind.startswith("paged|"):
+        yield
+        return
+    try:
+        model.set_attn_implementation(f"paged|{kind}")
+        yield
+    finally:
+        model.set_attn_implementation(kind)
 
 
 @contextmanager
@@ -397,15 +450,14 @@ def _paging(lengths: list[int]) -> ContinuousBatchingConfig:
     """Paging for texts of at most so many tokens, prompts included."""
     together = min(len(lengths), 256)
     pages = sum(sorted(-(-length // _PAGE) + 1 for length in lengths)[-together:])
-    paging = ContinuousBatchingConfig(
+    settings: dict[str, Any] = {"auto_switch_to_flash": False} if _SWITCHES else {}
+    return ContinuousBatchingConfig(
         num_blocks=pages,
         max_batch_tokens=max(together, 1024),
         max_requests_per_batch=together,
         use_cuda_graph=False,  # graphs would be captured anew at every call
+        **settings,
     )
-    # The model samples with the attention that it trains with.
-    paging.auto_switch_to_flash = False
-    return paging
 
 
 class _PagedDraw(ContinuousBatchingLogitsProcessor):

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from slmperf.check import InputError
 from slmperf.distill.heads import unwrapped
-from slmperf.distill.on_policy.generators import Generator, default_generator
+from slmperf.distill.on_policy.generators import (
+    Generator,
+    default_generator,
+    stop_tokens,
+    text_seed,
+)
 from slmperf.distill.packing import Batch, PackedBatches
 
 
@@ -40,8 +45,11 @@ class OnPolicySampler:
     refresh_steps  steps between two refreshes of the generator's weights. The text of all those
                    steps is then written at once: larger batches, somewhat older text
     max_staleness  how many steps older than the model the weights may be that wrote a text; a text
-                   beyond is an InputError, before training starts where that can be told
-    stop           token ids that end a text; None: the end tokens of the model's generation_config
+                   beyond is an InputError, before training starts where that can be told. None:
+                   refresh_steps - 1. A generator that keeps the weights of step 0 (a server without
+                   `publish`) needs a number: that of the training's steps allows such text to its
+                   end
+    stop           token ids that end a text; None: those of stop_tokens
 
     On several ranks each generates its own batches, and `logs` is of that rank.
     """
@@ -86,6 +94,7 @@ class OnPolicySampler:
         self.temperature, self.top_p = temperature, top_p
         self.generator = generator
         self.refresh_steps, self.max_staleness = refresh_steps, max_staleness
+        self._oldest = refresh_steps - 1 if max_staleness is None else max_staleness
         self.seed, self.stop = seed, None if stop is None else frozenset(stop)
         self._default: Generator | None = None  # what writes where no generator is given
         self._ahead: dict[int, _Text] = {}  # by batch number: written and not yet used
@@ -113,11 +122,13 @@ class OnPolicySampler:
         # The model may be moved to another device before it writes: nothing is settled here.
         generator = self.generator or default_generator(model)
         last = batches.steps - 1
-        if not generator.updates and self.max_staleness is not None and last > self.max_staleness:
+        if not generator.updates and (self.max_staleness is None or last > self._oldest):
+            allowed = "a max_staleness that says so"
+            if self.max_staleness is not None:
+                allowed = f"at most max_staleness = {self.max_staleness}"
             raise InputError(
                 f"OnPolicySampler: {type(generator).__name__} keeps the weights of step 0, which "
-                f"are {last} steps old at the last step, expected at most max_staleness = "
-                f"{self.max_staleness}"
+                f"are {last} steps old at the last step, expected {allowed}"
             )
         vocabulary = _vocabulary(model)
         beyond = sorted(token for token in self._stop(model) if token >= vocabulary)
@@ -158,10 +169,10 @@ class OnPolicySampler:
             return batch
         text = self._ahead.pop(number)
         stale = step - text.step
-        if self.max_staleness is not None and stale > self.max_staleness:
+        if stale > self._oldest:
             raise InputError(
                 f"OnPolicySampler: the text for step {step} was written with weights {stale} steps "
-                f"old, expected at most max_staleness = {self.max_staleness}"
+                f"old, expected at most max_staleness = {self._oldest}"
             )
         made = []
         for index, completion in zip(batch["examples"].tolist(), text.completions, strict=True):
@@ -235,12 +246,7 @@ class OnPolicySampler:
         return self._default
 
     def _stop(self, model: torch.nn.Module) -> frozenset[int]:
-        if self.stop is not None:
-            return self.stop
-        settings: Any = unwrapped(model).generation_config
-        ends = settings.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        return frozenset(int(token) for token in ends)
+        return stop_tokens(model) if self.stop is None else self.stop
 
     def _missing(self, number: int, batches: PackedBatches, step: int) -> list[int]:
         """This rank's batches of chosen steps, from `number` to the next refresh, that have no text
@@ -260,13 +266,13 @@ class OnPolicySampler:
         prompts, room, seeds, counts = [], [], [], []
         per_step = len(batches) // batches.steps
         for one in numbers:
-            examples = batches[one]["examples"].tolist()
+            examples = batches.examples_of(one).tolist()
             counts.append(len(examples))
             for index in examples:
                 prompt = batches.prompt(index)
                 prompts.append(prompt.tolist())
                 room.append(min(self.new_tokens, batches.config.context - len(prompt)))
-                seeds.append(_seed(self.seed, one // per_step, index))
+                seeds.append(text_seed(self.seed, one // per_step, index))
         begin = time.perf_counter()
         generator.update(model, step)
         found = generator.generate(
@@ -307,11 +313,6 @@ class OnPolicySampler:
         self._stopped += bool(ends)
         self._empty += not text
         return text
-
-
-def _seed(seed: int, step: int, index: int) -> int:
-    """31 bits for the text that continues an example in a step: what every server takes."""
-    return int(np.random.SeedSequence([seed, step, index]).generate_state(1)[0]) >> 1
 
 
 def _vocabulary(model: torch.nn.Module) -> int:

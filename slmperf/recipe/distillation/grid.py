@@ -8,7 +8,7 @@
 is four stages, fkl-ofkl-200-0_5 to fkl-ofkl-300-1_0. A grid is a mapping of words to the values
 that each takes in turn, or a list of mappings where not all combinations are wanted. A text that is
 `"{word}"` and nothing else becomes the value, a number where that is one; within a longer text the
-value is written out, in a name with `_` for the dot. Every word stands in the name.
+value is written out, in a name with `_` for the dot. Every word is used.
 """
 
 from __future__ import annotations
@@ -73,16 +73,17 @@ def _product(grid: Mapping[str, list[Any]]) -> itertools.product[tuple[Any, ...]
 
 
 def _check_words(stage: Mapping[str, Any], point: Point, where: str) -> None:
-    """Every word of the grid is in the name; the stage uses no others."""
-    named = set(_WORD.findall(str(stage.get("name"))))
-    for word in point:
-        if word not in named:
-            raise InputError(f"{where}.name: expected {{{word}}}, a word of the grid, in the name")
+    """The stage uses every word of the grid, and no others."""
+    used = set()
     for path, text in _texts(stage):
         for word in _WORD.findall(text):
+            used.add(word)
             if word not in point:
                 known = ", ".join(point)
                 raise InputError(f"{where}{path}: no word {word!r} in the grid, found {known}")
+    for word in point:
+        if word not in used:
+            raise InputError(f"{where}.grid.{word}: expected {{{word}}} in the stage, found none")
 
 
 def _texts(value: Any, path: str = "") -> list[tuple[str, str]]:

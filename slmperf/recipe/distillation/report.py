@@ -90,8 +90,8 @@ def _notes(results: Results, theirs: bool, differences: bool) -> list[str]:
     notes = [
         "Validation loss: mean cross entropy, in nats, over the completions' tokens of the same "
         "validation examples, of the checkpoint that was best on them. Intervals: Student's t over "
-        "seeds, each with its own first weights and order of the data; teachers of one seed and "
-        "the examples are the same in all, and no part of the interval."
+        "seeds, which draw new weights, the order of the data and the student's own text. A "
+        "teacher of one seed and the examples are the same in all: no part of the interval."
     ]
     if differences:
         notes.append("Differences are taken seed by seed: below 0 is better.")
