@@ -99,7 +99,7 @@ def refusals(tmp_path):
         "cache of other examples": ({"teacher": lacking}, "4"),
         "cache of other tokens": ({"teacher": tokens}, "tokens"),
         "cache and the student's own text": (
-            {"teacher": whole, "on_policy": OnPolicySampler(0.5)}, "the teacher is a cache",
+            {"teacher": whole, "on_policy": OnPolicySampler(0.5)}, "the teacher does not read all",
         ),
         "the student's own text and no teacher": (
             {"on_policy": OnPolicySampler(0.5)}, "there is no teacher",

@@ -80,10 +80,17 @@ def make(
 
 
 def start(job: Job, material: Material, finished: Mapping[str, Path]) -> PreTrainedModel:
-    """The model a training begins with."""
+    """The model a training begins with, its control tokens those of the run's tokenizer."""
+    tokenizer = material.tokenizer
     if "from" in finished:
-        return models.load(finished["from"])
-    return recipe_stages.new_model(job.shape, len(material.tokenizer), material.context, job.seed)
+        model = models.load(finished["from"])
+    else:
+        model = recipe_stages.new_model(job.shape, len(tokenizer), material.context, job.seed)
+    # Else Trainer does the same, and warns of it.
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
+    return model
 
 
 def training_config(
