@@ -1,6 +1,6 @@
 """Distillation on real text: the recipe examples/recipes/stories.yaml on TinyStories.
 
-    python bench/stories.py --data ../shared/data --out runs/stories [--dry-run]
+    python bench/stories.py --data DATA --out runs/stories [--dry-run]
 
 The teacher is the pretrained model of 260K parameters in the data folder, written as a Transformers
 checkpoint with its tokenizer; the stories are written as JSONL of token ids, "eval" for validation,
@@ -79,7 +79,7 @@ def write_input(data: Path, folder: Path, count: int = 10**6) -> None:
 def main() -> None:
     """Write the input, then run the recipe or tell what it would take."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    options.add_argument("--data", type=Path, required=True, help="folder with models/ and text/")
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--dry-run", action="store_true")
     given = options.parse_args()

@@ -40,7 +40,8 @@ stages:
     stage: sft
     shape: {layers: 2, hidden: 32, intermediate: 48, heads: 4, kv_heads: 2}
     seeds: [0]
-    training: {steps: 12, learning_rate: 5e-3, batch_tokens: 640, precision: fp32}
+    training: {steps: 12, learning_rate: 5e-3, batch_tokens: 640, report_to: tensorboard,
+               gradient_checkpointing: true, offload_optimizer: true}
   - name: fkl
     title: FKL
     stage: distil
@@ -129,6 +130,8 @@ def test_every_stage_leaves_a_checkpoint_and_its_loss(undisturbed):
         assert (manifest["metrics"] is None) == (name == "narrow")
     assert manifest_of(out, "narrow")["pruning"]["layers"][0]["kept"] == 16
     assert models.load(out / "narrow").config.intermediate_size == 16
+    assert manifest_of(out, "teacher")["training"]["precision"] == "fp32"
+    assert list((out / "teacher" / "runs").rglob("events.out.tfevents.*"))
     assert not list(out.glob("*.training")) and not list(out.rglob(".*.new-*"))
     samples = [json.loads(line) for line in open(out / "last" / "samples.jsonl")]
     assert [one["step"] for one in samples] == [8, 8, 16, 16, 24, 24]

@@ -106,6 +106,7 @@ def plan_of(
     batches: Batches,
     config: DistillationConfig,
     device: torch.device | str | None = None,
+    new_tokens: int | None = None,
 ) -> TrainingPlan:
     """What training `model` on `batches` takes. Nothing is loaded, run or changed.
 
@@ -113,6 +114,8 @@ def plan_of(
     teacher  the same, or what has such a `model`; anything else (a cache, a server, None) runs no
              layers here
     device   that the step runs on; None: the configuration's
+    new_tokens  that the student may write after each prompt, on policy: the step is then one on its
+             longest text (what writing takes is less, and over before)
 
     The first batch stands for all. Any optimizer counts as AdamW: two moments of each trained
     parameter in its dtype; offloaded, with an fp32 weight beside them where it is not fp32 itself.
@@ -122,7 +125,7 @@ def plan_of(
     taught = teacher if _is_model(teacher) else getattr(teacher, "model", None)
     other = _model(taught) if _is_model(taught) else None
     where = torch.device(config.device if device is None else device)
-    batch = batches[0]
+    batch = batches[0] if new_tokens is None else _longest(batches, new_tokens)
     accumulation, ranks = config.gradient_accumulation_steps, config.world_size
     rows_per_step = batches.rows_per_batch * accumulation * ranks
     flops = flops_of(student, other)
@@ -141,6 +144,16 @@ def plan_of(
         flops=flops,
         flops_per_step=sum(flops.at(*work_of(batch).tolist())) * accumulation * ranks,
     )
+
+
+def _longest(batches: Any, new_tokens: int) -> dict[str, Tensor]:
+    """The first batch with as much text of the student's own as may come after its prompts."""
+    written = []
+    for index in batches.examples_of(0).tolist():
+        prompt = batches.prompt(index)
+        ids = np.resize(prompt, min(len(prompt) + new_tokens, batches.config.context))
+        written.append({"input_ids": ids, "answer": np.arange(len(ids)) >= len(prompt)})
+    return batches.collate(written)
 
 
 def work_of(batch: Mapping[str, Tensor]) -> Tensor:

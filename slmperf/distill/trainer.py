@@ -152,7 +152,9 @@ class DistillationTrainer(Trainer):
 
     def plan(self) -> TrainingPlan:
         """Sizes, steps, memory and flops of this training, nothing of which is run."""
-        return plan_of(self.model, self.teacher, self.batches, self.args)
+        own = self.on_policy is not None and self.on_policy.fraction > 0
+        new_tokens = self.on_policy.new_tokens if self.on_policy is not None and own else None
+        return plan_of(self.model, self.teacher, self.batches, self.args, new_tokens=new_tokens)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train to the end; see transformers.Trainer.train.

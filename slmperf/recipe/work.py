@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INPUTS = "inputs.json"  # in the folder of a training: what it was begun from
-KEPT = ("train.log", "samples.jsonl")  # of a training's folder, what stays beside the checkpoint
+# Of a training's folder, what stays beside the checkpoint; runs is TensorBoard's.
+KEPT = ("train.log", "samples.jsonl", "runs")
 
 
 class Made(Protocol):
@@ -101,7 +102,9 @@ class Work:
             made = self.make(job, finished, training, progress)
         models.save(made.model, self.tokenizer, folder)
         for name in KEPT:
-            if (training / name).is_file():
+            if (training / name).is_dir():
+                shutil.copytree(training / name, folder / name)
+            elif (training / name).is_file():
                 shutil.copy(training / name, folder)
         seconds = time.perf_counter() - begun
         if made.training is not None:  # which may have been stopped and gone on with

@@ -56,7 +56,9 @@ def _plan(job: Job, given: Prepared) -> TrainingPlan | None:
         for one in (job, job.teacher)
     )
     assert student is not None
-    return plan_of(student, teacher, batches, config)
+    own = getattr(job.stage, "on_policy", None)
+    new_tokens = own.new_tokens if own is not None and own.fraction > 0 else None
+    return plan_of(student, teacher, batches, config, new_tokens=new_tokens)
 
 
 def _cells(line: _Line) -> list[str]:

@@ -77,13 +77,19 @@ class Data(Strict):
 
 
 class TextTraining(Training):
-    """How a stage learns from text; what is left out is as in DistillationConfig."""
+    """How a stage learns from text; what is left out is as in DistillationConfig.
+
+    precision: fp32 if left out; "auto" is timed, so that two runs of one seed may differ.
+    """
 
     normalization: Literal["tokens", "examples"] = "tokens"
     packing: bool = True
     evaluate_steps: Count | None = None  # validation loss every so many steps; None: at the end
     patience: Count | None = None  # evaluations without a better one that end the training
     samples: Count | None = None  # prompts continued at each evaluation, into samples.jsonl
+    report_to: str | list[str] = "none"  # tensorboard, wandb, ... as Transformers knows them
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
 
     @model_validator(mode="after")
     def _evaluations(self) -> TextTraining:

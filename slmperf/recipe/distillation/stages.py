@@ -60,7 +60,7 @@ def make(
         teacher=models.load(finished["teacher"]) if "teacher" in finished else None,
         validation=material.validation if stage.training.evaluate_steps else None,
         on_policy=sampler(getattr(stage, "on_policy", None), material, job.seed),
-        precision=stage.training.precision or "auto",
+        precision=stage.training.precision or "fp32",
         processing_class=material.tokenizer,
     )
     pieces = np.array_split(result.losses, min(CURVE, len(result.losses)))
@@ -104,6 +104,9 @@ def training_config(
         "sequence_sample": training.sequence_sample or 1.0,
         "per_device_eval_batch_size": _ROWS,
         "run_name": name,
+        "report_to": training.report_to,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "offload_optimizer": training.offload_optimizer,
     }
     if training.evaluate_steps is not None:
         more |= {
