@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slmperf.check import InputError
+
+Row = TypeVar("Row")
 
 KEYS = ("task", "member", "history", "candidate", "label", "time")
 
@@ -107,17 +110,25 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     InputError with the line for anything the format above does not allow, and for an empty file.
     """
+    return read_each(path, _prompt, "prompts")
+
+
+def read_each(path: str | Path, parse: Callable[[str, str], Row], what: str) -> list[Row]:
+    """What `parse(where, line)` makes of each line of a UTF-8 file that is not blank.
+
+    InputError, with the file, where it cannot be read or holds nothing; `what` is what was wanted.
+    """
     path = Path(path)
-    prompts = []
+    rows = []
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    prompts.append(_prompt(f"{path} line {number}", line))
+                    rows.append(parse(f"{path} line {number}", line))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected a JSONL file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
-    if not prompts:
-        raise InputError(f"{path}: no prompts, expected one JSON object a line")
-    return prompts
+    if not rows:
+        raise InputError(f"{path}: no {what}, expected one JSON object a line")
+    return rows

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slmperf.check import InputError
+from slmperf.data.jsonl import read_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -78,19 +79,7 @@ def read_lines(path: str | Path) -> list[Line]:
 
     InputError with the line for anything the format above does not allow, and for an empty file.
     """
-    path = Path(path)
-    lines = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    lines.append(_line(f"{path} line {number}", text))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
-    if not lines:
-        raise InputError(f"{path}: no lines, expected one JSON object a line")
+    lines = read_each(path, _line, "lines")
     without = next((line for line in lines if line.split is None), None)
     if without is not None and any(line.split is not None for line in lines):
         raise InputError(f"{without.where}: no key split, which other lines have")
