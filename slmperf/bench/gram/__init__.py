@@ -1,0 +1,1 @@
+"""`slmperf bench gram`: how fast calibration's products are."""
