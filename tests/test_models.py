@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or absent, one line for every broken one, and models that shrink."""
+"""Checkpoints that are whole or absent, and one line for every broken one."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -16,15 +15,13 @@ import torch
 from small_models import IDS, llama
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
 )
 
 import slmperf.models
 from slmperf.check import InputError
-from slmperf.models import QuantizedLinear, files, load, parameters, save, shrink, weight_bytes
-from slmperf.models.structure import check_sizes
+from slmperf.models import QuantizedLinear, files, load, parameters, save, weight_bytes
 
 
 @torch.no_grad()
@@ -261,65 +258,7 @@ def test_sharded_checkpoints_load(tmp_path: Path) -> None:
     refused(tmp_path / "model", rf"{shards[1].name}: truncated")
 
 
-# ---- shrink
-
-
-def test_shrink_equals_a_masked_model(tmp_path: Path) -> None:
-    model = llama(attention_bias=True, mlp_bias=True)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith("bias"):
-                tensor.normal_()
-    mlp, groups = [[1, 5, 7, 40], [3, 2, 1, 0]], [[0, 3], [1, 2]]
-    masked = copy.deepcopy(model)
-    with torch.no_grad():
-        for block, neurons, heads in zip(masked.model.layers, mlp, groups, strict=True):
-            gone = [index for index in range(48) if index not in neurons]
-            block.mlp.down_proj.weight[:, gone] = 0
-            out = [c for g in range(4) if g not in heads for c in range(g * 8, g * 8 + 8)]
-            block.self_attn.o_proj.weight[:, out] = 0
-    small = shrink(model, mlp=mlp, kv_groups=groups)
-    assert small is model
-    torch.testing.assert_close(logits(small), logits(masked), rtol=1e-5, atol=1e-5)
-    save(small, None, tmp_path / "small")
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert config["intermediate_size"] == 4 and config["head_dim"] == 4
-    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert torch.equal(logits(stock), logits(small))
-    assert torch.equal(logits(load(tmp_path / "small")), logits(small))
-    assert all(parameter.requires_grad for parameter in small.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"mlp": [[0, 1], [0]]}, "layer 1 keeps 1, layer 0 keeps 2"),
-        ({"mlp": [[0, 1]]}, "kept indices for 2 layers, found 1"),
-        ({"mlp": [[0, 48], [0, 1]]}, r"layer 0: wanted indices in 0\.\.47"),
-        ({"mlp": [[0, 0], [0, 1]]}, "layer 0 names an index twice"),
-        ({"mlp": [[], []]}, "wanted 0 neurons, the model has intermediate_size 48"),
-        ({"kv_groups": [[0, 1, 2]] * 2}, r"LlamaConfig refuses it .*it takes 1, 2$"),
-    ],
-)
-def test_impossible_shrinks_are_one_line(arguments: dict, message: str) -> None:
-    model = llama()
-    before = logits(model)
-    with pytest.raises(InputError, match=message) as caught:
-        shrink(model, **arguments)
-    assert "\n" not in str(caught.value)
-    assert torch.equal(logits(model), before) and model.config.intermediate_size == 48
-
-
-def test_sizes_of_the_paper_models() -> None:
-    # Llama-3.2-3B: 24 query heads on 8 key/value heads, hidden 3072: only halving passes stock
-    # Llama.
-    config = LlamaConfig(
-        hidden_size=3072, num_attention_heads=24, num_key_value_heads=8, head_dim=128
-    )
-    check_sizes(config, mlp=5120, kv_heads=4)
-    with pytest.raises(InputError, match=r"wanted 6 of 8 .*it takes 1, 2, 4$"):
-        check_sizes(config, mlp=None, kv_heads=6)
+# ---- layers
 
 
 def test_quantized_linear_refuses_wrong_tensors() -> None:

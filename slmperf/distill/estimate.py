@@ -189,8 +189,9 @@ def _flops(model: nn.Module) -> tuple[Flops, Flops]:
         size = value.numel() * (visited if ".experts." in name else 1.0)
         every += size
         trained += size * value.requires_grad
-    heads = getattr(text, "num_attention_heads", None) or 0
-    pair = 4.0 * text.num_hidden_layers * heads * head_size(text) if heads else 0.0
+    # Layers of a pruned model may differ in their heads.
+    heads = sum(getattr(layer, "num_attention_heads", None) or 0 for layer in text.per_layer_config)
+    pair = 4.0 * heads * head_size(text) if heads else 0.0
     columns = 2.0 * head.numel()
     return (
         Flops(2.0 * every, pair, columns),

@@ -15,19 +15,35 @@ if TYPE_CHECKING:
     from slmperf.models.checkpoint import save as save
     from slmperf.models.checkpoint import weight_bytes as weight_bytes
     from slmperf.models.checkpoint import write_pretrained as write_pretrained
+    from slmperf.models.engines import export_for_engine as export_for_engine
+    from slmperf.models.engines import permute_kv_heads as permute_kv_heads
+    from slmperf.models.masked import from_masked as from_masked
+    from slmperf.models.pruned import PrunedForCausalLM as PrunedForCausalLM
     from slmperf.models.quantized import QuantizedLinear as QuantizedLinear
     from slmperf.models.quantized import replace_linear as replace_linear
-    from slmperf.models.structure import shrink as shrink
+    from slmperf.models.resize import apply_sizes as apply_sizes
+    from slmperf.models.resize import shrink as shrink
+    from slmperf.models.streaming import StreamedModel as StreamedModel
+    from slmperf.models.structure import Sizes as Sizes
+    from slmperf.models.structure import sizes_of as sizes_of
 
-__all__ = ["QuantizedLinear", "load", "replace_linear", "shrink"]
+__all__ = ["PrunedForCausalLM", "QuantizedLinear", "load", "replace_linear", "shrink"]
 
 _HOMES = {
+    "PrunedForCausalLM": "pruned",
     "QuantizedLinear": "quantized",
+    "Sizes": "structure",
+    "StreamedModel": "streaming",
+    "apply_sizes": "resize",
+    "export_for_engine": "engines",
+    "from_masked": "masked",
     "load": "checkpoint",
     "parameters": "checkpoint",
+    "permute_kv_heads": "engines",
     "replace_linear": "quantized",
     "save": "checkpoint",
-    "shrink": "structure",
+    "shrink": "resize",
+    "sizes_of": "structure",
     "weight_bytes": "checkpoint",
     "write_pretrained": "checkpoint",
 }

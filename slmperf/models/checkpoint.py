@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from slmperf.check import InputError
 from slmperf.models.files import write_folder
 from slmperf.models.quantized import QuantizedLinear, replace_linear
+from slmperf.models.shards import INDEX, WEIGHTS
+from slmperf.models.structure import experts_implementation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 def save(
@@ -52,27 +51,24 @@ def load(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) 
     """The causal language model in `folder`, in evaluation mode, its floating tensors in `dtype`.
 
     Int8 checkpoints as `slmperf.quant` writes them come back with `QuantizedLinear` layers.
-    Mixtures of experts run their experts as one grouped matrix product. Nothing is fetched from a
-    model hub.
+    Mixtures of experts run their experts as one grouped matrix product where their size allows it.
+    Models whose layers differ come back as `PrunedForCausalLM`. Nothing is fetched from a model
+    hub.
 
     Raises InputError, in one line, for a missing, truncated or contradictory file.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
-    stored = _stored_tensors(folder, _read_json(folder / "config.json"))
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+    config = read_config(folder)
+    stored = stored_tensors(folder)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         return _load_int8(folder, config, quantization, stored, dtype)
 
     extra: dict[str, Any] = {}
     if _has_experts(config):
-        extra["experts_implementation"] = "grouped_mm"
+        extra["experts_implementation"] = experts_implementation(config, dtype)
     try:
         with _without_progress_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -88,6 +84,21 @@ def load(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) 
         raise InputError(f"{folder}: {_one_line(error)}") from error
     _refuse_incomplete(folder, report["missing_keys"], report["unexpected_keys"])
     return model.eval()
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder`; InputError, in one line, for a missing or a wrong one."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    import slmperf.models.pruned  # noqa: F401  registers its classes with Transformers
+
+    if not _read_json(folder / "config.json").get("model_type"):
+        raise InputError(f"{folder / 'config.json'}: wanted key model_type, found none")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
+        raise InputError(f"{folder / 'config.json'}: {_one_line(error)}") from error
 
 
 def parameters(model: nn.Module) -> int:
@@ -183,17 +194,15 @@ def _refuse_incomplete(folder: Path, missing: Any, unexpected: Any) -> None:
             raise InputError(f"{folder}: the checkpoint {what} tensor {sorted(names)[0]}{rest}")
 
 
-def _stored_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+def stored_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, of a folder whose safetensors files are all there and whole."""
-    if "model_type" not in config:
-        raise InputError(f"{folder / 'config.json'}: wanted key model_type, found none")
-    if (folder / _WEIGHTS).is_file():
-        files = [folder / _WEIGHTS]
-    elif (folder / _INDEX).is_file():
-        shards = _read_json(folder / _INDEX).get("weight_map", {}).values()
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        shards = _read_json(folder / INDEX).get("weight_map", {}).values()
         files = [folder / name for name in sorted(set(shards))]
     else:
-        raise InputError(f"{folder}: wanted {_WEIGHTS} or {_INDEX}, found neither")
+        raise InputError(f"{folder}: wanted {WEIGHTS} or {INDEX}, found neither")
     return {name: file for file in files for name in _safetensors_names(file)}
 
 

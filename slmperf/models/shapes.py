@@ -187,6 +187,8 @@ def _from_mapping(value: Mapping[str, Any], name: str) -> Shape:
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if isinstance(value.get(key), int) and value[key] > 1:
             raise InputError(f"shape {name}: {key} is {value[key]}, expected a dense model")
+    if value.get("per_layer_config"):
+        raise InputError(f"shape {name}: layers differ (per_layer_config), expected one size")
     sizes: dict[str, Any] = {}
     for size, keys in _CONFIG_KEYS.items():
         found = next((value[key] for key in keys if value.get(key) is not None), base.get(size))

@@ -1,46 +1,88 @@
-"""Physically smaller Llama-like models: fewer MLP neurons, fewer groups of attention heads.
+"""Physically smaller Llama-like models: fewer MLP neurons, fewer attention heads.
 
-An MLP neuron is a row of gate_proj and up_proj and a column of down_proj. A head group is one
-key/value head with the query heads that read it: rows of q_proj, k_proj and v_proj and columns of
-o_proj; query head h reads key/value head h // (H / G). Sizes stay equal across layers, because
-stock Transformers (and serving engines) read one number from config.json; `head_dim` is written
-explicitly, because readers otherwise infer it from the number of heads.
+An MLP neuron is a row of gate_proj and up_proj and a column of down_proj. A query head is rows of
+q_proj and columns of o_proj, a key/value head rows of k_proj and v_proj; biases of the shortened
+rows are sliced with them, and the norms of Qwen3's queries and keys, one for all heads, stay. Where
+query heads are no longer spread evenly over the key/value heads, the layer gets a `HeadMap`.
+
+The functions here change blocks; what they leave is written into a configuration, or a class of
+its own where layers differ, by `slmperf.models.resize.apply_sizes`.
+
+Shapes: F neurons, H query heads, G key/value heads, C head size, E experts, D hidden.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from slmperf.check import InputError
+from slmperf.ops.head_map import HeadMap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Model type -> what its class names begin with.
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
+
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+# What a caller may pass as indices to keep.
+Indices: TypeAlias = Sequence[int] | Tensor
+
+
+class Sizes(NamedTuple):
+    """Sizes of a model's layers: one number where all layers are alike, else one per layer."""
+
+    intermediate_size: int | list[int]
+    attention_heads: int | list[int]
+    key_value_heads: int | list[int]
+
+
+def family_of(config: PretrainedConfig) -> str:
+    """The model type whose layers the model has: its own, or that of what it was pruned from."""
+    return getattr(config, "base_model_type", None) or config.model_type
+
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks of a Llama-like model; InputError where a projection is not nn.Linear."""
+    """The decoder blocks of a model that can be pruned.
+
+    Raises InputError, by name, for every other architecture, and for a model whose projections are
+    no plain linear layers (a quantised one, one with adapters).
+    """
+    family = family_of(model.config)
+    if family not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
+        names = ", ".join(f"{name}ForCausalLM" for name in FAMILIES.values())
+        raise InputError(f"{type(model).__name__}: cannot be pruned; wanted {names}")
+    if family != "mixtral":
+        return linear_blocks(model)
+    blocks = model.model.layers
+    _check_linear(model, blocks, "self_attn", _ATTENTION)
+    return blocks
+
+
+def linear_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks of any Llama-like model; InputError where a projection is not nn.Linear.
+
+    A mixture of experts, which keeps the projections of all experts in one tensor, is refused.
+    """
     blocks = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         raise InputError(
             f"{type(model).__name__}: wanted decoder blocks in model.layers, found none"
         )
-    for index, block in enumerate(blocks):
-        for part, names in (("self_attn", _ATTENTION), ("mlp", _MLP)):
-            for name in names:
-                layer = getattr(getattr(block, part, None), name, None)
-                if not isinstance(layer, nn.Linear):
-                    raise InputError(
-                        f"{type(model).__name__}: layer {index}: wanted nn.Linear {part}.{name}, "
-                        f"found {type(layer).__name__}"
-                    )
+    _check_linear(model, blocks, "self_attn", _ATTENTION)
+    _check_linear(model, blocks, "mlp", _MLP)
     return blocks
 
 
@@ -50,82 +92,134 @@ def head_size(config: PretrainedConfig) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-def shrink(
-    model: PreTrainedModel,
-    *,
-    mlp: Sequence[Sequence[int] | Tensor] | None = None,
-    kv_groups: Sequence[Sequence[int] | Tensor] | None = None,
-) -> PreTrainedModel:
-    """Keep only the named MLP neurons and head groups; the model is changed in place and returned.
+def experts_of(block: nn.Module) -> nn.Module | None:
+    """The module that holds a block's experts: gate_up_proj (E, 2F, D), gate before up, and
+    down_proj (E, D, F). None for a dense block."""
+    return getattr(block.mlp, "experts", None)
 
-    `mlp` and `kv_groups` hold, per layer, the indices to keep, the same number in every layer. The
-    kept weights are copied unchanged: a refit (`slmperf.prune`) is the caller's. Stock Transformers
-    loads the result.
 
-    Raises InputError for counts that differ between layers, indices out of range, or a number of
-    heads that the model's own configuration refuses.
-    """
+def experts_implementation(config: PretrainedConfig, dtype: torch.dtype) -> str:
+    """How a mixture of experts is to run its experts: all in one grouped product, which takes rows
+    of whole multiples of 16 bytes only (torch._grouped_mm), or one after the other."""
+    sizes = {getattr(layer, "intermediate_size", None) or 0 for layer in config.per_layer_config}
+    whole = all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    return "grouped_mm" if whole else "eager"
+
+
+def neurons_of(block: nn.Module) -> int:
+    """F of one block: of each expert, where it has experts."""
+    experts = experts_of(block)
+    return block.mlp.down_proj.in_features if experts is None else experts.down_proj.shape[2]
+
+
+def heads_of(block: nn.Module) -> HeadMap:
+    """The query heads of each key/value head of one block."""
+    attention = block.self_attn
+    mapped = getattr(attention, "head_map", None)
+    if mapped is not None:
+        return mapped
+    kv_heads = attention.k_proj.out_features // attention.head_dim
+    query_heads = attention.q_proj.out_features // attention.head_dim
+    return HeadMap((query_heads // kv_heads,) * kv_heads)
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """The sizes that the model's blocks really have, whatever its configuration says."""
     blocks = decoder_blocks(model)
-    config = model.config
-    mlp_kept = _checked("mlp", mlp, len(blocks), config.intermediate_size)
-    groups_kept = _checked("kv_groups", kv_groups, len(blocks), config.num_key_value_heads)
-    new_mlp = len(mlp_kept[0]) if mlp_kept else None
-    new_groups = len(groups_kept[0]) if groups_kept else None
-    check_sizes(config, mlp=new_mlp, kv_heads=new_groups)
-    for index, block in enumerate(blocks):
-        if mlp_kept:
-            keep_neurons(block, mlp_kept[index])
-        if groups_kept:
-            keep_head_groups(block, groups_kept[index], config)
-    set_sizes(config, mlp=new_mlp, kv_heads=new_groups)
-    return model
+    heads = [heads_of(block) for block in blocks]
+    return Sizes(
+        _one_or_all([neurons_of(block) for block in blocks]),
+        _one_or_all([head_map.query_heads for head_map in heads]),
+        _one_or_all([head_map.kv_heads for head_map in heads]),
+    )
 
 
-def check_sizes(config: PretrainedConfig, *, mlp: int | None, kv_heads: int | None) -> None:
-    """InputError unless a model of this kind can shrink to these sizes and load again."""
-    have_mlp, have_kv = config.intermediate_size, config.num_key_value_heads
-    if mlp is not None and not 1 <= mlp <= have_mlp:
-        raise InputError(f"mlp: wanted {mlp} neurons, the model has intermediate_size {have_mlp}")
-    if kv_heads is None:
+@torch.no_grad()
+def keep_neurons(block: nn.Module, kept: Indices | Sequence[Indices]) -> None:
+    """Keep the MLP neurons `kept` of one block, in that order.
+
+    kept    (F',) int64; for a block of experts (E, F'), or one (F',) per expert
+
+    Raises InputError for indices that are out of range, named twice, or not as many in each expert.
+    """
+    have, experts = neurons_of(block), experts_of(block)
+    if experts is None:
+        rows = indices_of("keep_neurons", kept, have)
+        for name in ("gate_proj", "up_proj"):
+            _keep_rows(block.mlp.get_submodule(name), rows)
+        _keep_columns(block.mlp.down_proj, rows)
+        block.mlp.intermediate_size = len(rows)
         return
-    if not 1 <= kv_heads <= have_kv:
-        raise InputError(f"kv_heads: wanted {kv_heads} key/value heads, the model has {have_kv}")
-    refused = _refusal(config, kv_heads)
-    if refused:
-        passing = [str(count) for count in range(1, have_kv) if not _refusal(config, count)]
-        raise InputError(
-            f"kv_heads: wanted {kv_heads} of {have_kv} key/value heads, "
-            f"{type(config).__name__} refuses it ({refused}); "
-            f"it takes {', '.join(passing) or 'no smaller number'}"
-        )
+    stacked = expert_indices("keep_neurons", kept, have, experts.down_proj.shape[0])
+    experts.gate_up_proj = _gathered(
+        experts.gate_up_proj, 1, torch.cat([stacked, stacked + have], dim=1)
+    )
+    experts.down_proj = _gathered(experts.down_proj, 2, stacked)
+    experts.intermediate_dim = stacked.shape[1]
 
 
-def set_sizes(config: PretrainedConfig, *, mlp: int | None, kv_heads: int | None) -> None:
-    """Write the new sizes, and the head size that they no longer imply, into the config."""
-    if mlp is not None:
-        config.intermediate_size = mlp
-    if kv_heads is not None:
-        config.head_dim = head_size(config)
-        config.num_attention_heads = _query_heads(config, kv_heads)
-        config.num_key_value_heads = kv_heads
+@torch.no_grad()
+def keep_heads(block: nn.Module, query_heads: Indices, kv_heads: Indices) -> None:
+    """Keep these heads of one block, in that order: (H',) and (G',) int64.
 
+    Query heads stand in the order of the key/value heads that they read, as ascending indices do.
+    Where the kept key/value heads have unequal numbers of them, the block gets a head map.
 
-def keep_neurons(block: nn.Module, kept: Tensor) -> None:
-    """Keep the MLP neurons `kept` (int64 indices) of one block, in that order."""
-    for name in ("gate_proj", "up_proj"):
-        _keep_rows(block.mlp.get_submodule(name), kept)
-    _keep_columns(block.mlp.down_proj, kept)
-    block.mlp.intermediate_size = len(kept)
-
-
-def keep_head_groups(block: nn.Module, kept: Tensor, config: PretrainedConfig) -> None:
-    """Keep the head groups `kept` (int64) of one block; `config` has the old sizes."""
-    size = head_size(config)
-    queries = group_columns(kept, size * (config.num_attention_heads // config.num_key_value_heads))
-    _keep_rows(block.self_attn.q_proj, queries)
+    Raises InputError for indices out of range or named twice, a query head whose key/value head is
+    not kept, a key/value head that no kept query head reads, and another order.
+    """
+    before = heads_of(block)
+    queries = indices_of("keep_heads: query_heads", query_heads, before.query_heads)
+    keys = indices_of("keep_heads: kv_heads", kv_heads, before.kv_heads)
+    after = kept_map("keep_heads", before, queries.tolist(), keys.tolist())
+    attention = block.self_attn
+    query_rows = group_columns(queries, attention.head_dim)
+    _keep_rows(attention.q_proj, query_rows)
     for name in ("k_proj", "v_proj"):
-        _keep_rows(block.self_attn.get_submodule(name), group_columns(kept, size))
-    _keep_columns(block.self_attn.o_proj, queries)
+        _keep_rows(attention.get_submodule(name), group_columns(keys, attention.head_dim))
+    _keep_columns(attention.o_proj, query_rows)
+    set_head_map(attention, after)
+
+
+def kept_map(
+    what: str, before: HeadMap, query_heads: Sequence[int], kv_heads: Sequence[int]
+) -> HeadMap:
+    """The map of a layer that keeps these heads of `before`; see `keep_heads` for what it refuses,
+    under the name `what`.
+
+    A key/value head that nothing reads is refused: it would take cache for nothing.
+    """
+    place = {head: index for index, head in enumerate(kv_heads)}
+    reads = [before.reads[head] for head in query_heads]
+    for query_head, kv_head in zip(query_heads, reads, strict=True):
+        if kv_head not in place:
+            raise InputError(
+                f"{what}: query head {query_head} reads key/value head {kv_head}, which is not kept"
+            )
+    places = [place[kv_head] for kv_head in reads]
+    unread = [head for head, index in place.items() if index not in places]
+    if unread:
+        raise InputError(f"{what}: no kept query head reads key/value head {unread[0]}")
+    if places != sorted(places):
+        raise InputError(
+            f"{what}: wanted query heads in the order of the key/value heads that they read, "
+            f"found {list(query_heads)} over {list(kv_heads)}"
+        )
+    return HeadMap(tuple(places.count(index) for index in range(len(kv_heads))))
+
+
+def set_head_map(attention: nn.Module, heads: HeadMap) -> None:
+    """Tell an attention module how its query heads are spread over its key/value heads.
+
+    An even spread needs no map: stock attention repeats each key/value head. For another, keys and
+    values are repeated as the map says on their way from the cache, which goes on holding each
+    once, and attention then sees one key/value head per query head.
+    """
+    if not heads.uniform and not hasattr(attention, "head_map"):
+        attention.register_forward_pre_hook(_repeat_through_cache, with_kwargs=True)
+    if not heads.uniform or hasattr(attention, "head_map"):
+        attention.head_map = None if heads.uniform else heads
+    attention.num_key_value_groups = heads.counts[0] if heads.uniform else 1
 
 
 def group_columns(groups: Tensor, size: int) -> Tensor:
@@ -133,42 +227,81 @@ def group_columns(groups: Tensor, size: int) -> Tensor:
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).reshape(-1)
 
 
-def _query_heads(config: PretrainedConfig, kv_heads: int) -> int:
-    return kv_heads * (config.num_attention_heads // config.num_key_value_heads)
+def indices_of(what: str, kept: Any, size: int) -> Tensor:
+    """`kept` as (k,) int64 on the CPU; InputError unless they are distinct numbers in 0..size-1."""
+    indices = torch.as_tensor(kept).cpu()
+    if indices.numel() == 0:
+        raise InputError(f"{what}: wanted at least one index to keep, found none")
+    if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise InputError(
+            f"{what}: wanted a list of whole numbers, found {indices.dtype} {tuple(indices.shape)}"
+        )
+    if len(indices.unique()) != len(indices):
+        raise InputError(f"{what}: an index is named twice, wanted each once")
+    if indices.min() < 0 or indices.max() >= size:
+        outside = indices[(indices < 0) | (indices >= size)][0]
+        raise InputError(f"{what}: wanted indices in 0..{size - 1}, found {outside}")
+    return indices.to(torch.int64)
 
 
-def _refusal(config: PretrainedConfig, kv_heads: int) -> str:
-    """Why the configuration class does not take that many heads, or an empty string."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    changed = copy.deepcopy(config)
-    try:
-        set_sizes(changed, mlp=None, kv_heads=kv_heads)
-        type(config).from_dict(changed.to_dict())
-    except (StrictDataclassError, ValueError) as error:
-        return " ".join(str(error.__cause__ or error).split()).rstrip(".")
-    return ""
-
-
-def _checked(
-    what: str, kept: Sequence[Sequence[int] | Tensor] | None, layers: int, size: int
-) -> list[Tensor]:
-    if kept is None:
-        return []
-    if len(kept) != layers:
-        raise InputError(f"{what}: wanted kept indices for {layers} layers, found {len(kept)}")
-    tensors = [torch.as_tensor(indices, dtype=torch.int64).reshape(-1) for indices in kept]
-    for index, indices in enumerate(tensors):
-        if len(indices) != len(tensors[0]):
+def expert_indices(what: str, kept: Any, size: int, experts: int) -> Tensor:
+    """(E, k) int64 on the CPU, checked expert by expert as `indices_of` does."""
+    if len(kept) != experts:
+        raise InputError(f"{what}: wanted kept indices for {experts} experts, found {len(kept)}")
+    rows = [indices_of(f"{what}: expert {index}", one, size) for index, one in enumerate(kept)]
+    for index, row in enumerate(rows):
+        if len(row) != len(rows[0]):
             raise InputError(
-                f"{what}: layer {index} keeps {len(indices)}, layer 0 keeps {len(tensors[0])}: "
-                "wanted one number for all layers"
+                f"{what}: expert {index} keeps {len(row)}, expert 0 keeps {len(rows[0])}: "
+                "wanted one number for all experts of a layer"
             )
-        if len(indices.unique()) != len(indices):
-            raise InputError(f"{what}: layer {index} names an index twice")
-        if len(indices) and (indices.min() < 0 or indices.max() >= size):
-            raise InputError(f"{what}: layer {index}: wanted indices in 0..{size - 1}")
-    return tensors
+    return torch.stack(rows)
+
+
+class _Repeated:
+    """A cache, or none, that hands its keys and values on once per query head that reads them."""
+
+    def __init__(self, cache: Any, heads: HeadMap) -> None:
+        self.cache, self.heads = cache, heads
+
+    def update(self, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """(B, G, T, C) each -> (B, H, T', C) each."""
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, *rest, **named)
+        return self._repeat(key), self._repeat(value)
+
+    def _repeat(self, states: Tensor) -> Tensor:
+        parts = [
+            states[:, head : head + 1].expand(-1, count, -1, -1)
+            for head, count in enumerate(self.heads.counts)
+        ]
+        return torch.cat(parts, dim=1)
+
+
+def _repeat_through_cache(
+    attention: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if attention.head_map is not None:
+        cache = _Repeated(named.get("past_key_values"), attention.head_map)
+        named = named | {"past_key_values": cache}
+    return positional, named
+
+
+def _check_linear(
+    model: PreTrainedModel, blocks: nn.ModuleList, part: str, names: tuple[str, ...]
+) -> None:
+    for index, block in enumerate(blocks):
+        for name in names:
+            layer = getattr(getattr(block, part, None), name, None)
+            if not isinstance(layer, nn.Linear):
+                raise InputError(
+                    f"{type(model).__name__}: layer {index}: wanted nn.Linear {part}.{name}, "
+                    f"found {type(layer).__name__}"
+                )
+
+
+def _one_or_all(sizes: list[int]) -> int | list[int]:
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _keep_rows(layer: nn.Linear, rows: Tensor) -> None:
@@ -186,3 +319,12 @@ def _keep_columns(layer: nn.Linear, columns: Tensor) -> None:
 def _selected(parameter: nn.Parameter, dimension: int, indices: Tensor) -> nn.Parameter:
     kept = parameter.detach().index_select(dimension, indices.to(parameter.device))
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+def _gathered(parameter: nn.Parameter, dimension: int, indices: Tensor) -> nn.Parameter:
+    """Of parameter (E, ., .) the slices indices (E, k) along `dimension`, each expert its own."""
+    kept = [
+        one.index_select(dimension - 1, rows)
+        for one, rows in zip(parameter.detach(), indices.to(parameter.device), strict=True)
+    ]
+    return nn.Parameter(torch.stack(kept), requires_grad=parameter.requires_grad)

@@ -2,9 +2,13 @@
 
     divergence      per-token divergence between two logits tensors, (T, V) x 2 -> (T,)
     kd_loss         distillation loss from hidden states and heads, no logits held: (T, D), (V, D)
+    gram            the lower half of X'X, added up in fp64: (n, d) -> (d, d)
+    eliminate       the pivots of structured pruning's factorisation: (d, d) x 2 -> (steps,)
 
-Every function takes `impl="auto" | "triton" | "cuda" | "cpu" | "reference"` (those that it has);
-`implementations()` says which of them can run on this machine.
+HeadMap says which key/value head each query head reads, where they do not read as many each.
+
+Every function takes `impl="auto" | "triton" | "cuda" | "cpu" | "torch" | "reference"`, those that
+it has; `implementations()` says which of them can run on this machine.
 
 Adding an op, say `gain`
 ------------------------
@@ -35,6 +39,9 @@ from slmperf.ops.divergence import (
     divergence,
     divergence_reference,
 )
+from slmperf.ops.eliminate import eliminate as eliminate
+from slmperf.ops.gram import gram as gram
+from slmperf.ops.head_map import HeadMap
 from slmperf.ops.kd_loss import (
     KDLoss,
     StudentHead,
@@ -49,6 +56,7 @@ from slmperf.ops.routing import implementations
 __all__ = [
     "JSD",
     "ForwardKL",
+    "HeadMap",
     "KDLoss",
     "ReverseKL",
     "SkewForwardKL",

@@ -16,7 +16,7 @@ from torch import nn
 from slmperf.check import InputError
 from slmperf.models.checkpoint import weight_bytes
 from slmperf.models.quantized import QuantizedLinear, replace_linear
-from slmperf.models.structure import decoder_blocks
+from slmperf.models.structure import linear_blocks
 from slmperf.quant.rounding import Int8, rtn
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def quantize_model(model: PreTrainedModel, spec: Int8) -> QuantReport:
         raise InputError(
             "quantize_model: wanted a model with floating weights, found a quantised one"
         )
-    decoder_blocks(model)
+    linear_blocks(model)
     before = weight_bytes(model)
 
     def make(name: str, linear: nn.Linear) -> QuantizedLinear:
