@@ -113,7 +113,7 @@ def test_engines_read_layers_of_any_size(tmp_path: Path) -> None:
     export_for_engine(models["llama-tied"], None, tmp_path / "sglang", engine="sglang", ranks=3)
     *for_vllm, sglang = as_read(*(tmp_path / name for name in (*models, "sglang")))
     for (name, model), read in zip(models.items(), for_vllm, strict=True):
-        assert [layer["size"] for layer in read.layers] == [24, 40, 3]
+        assert [layer["size"] for layer in read.layers] == [24, 40, 8]
         assert [layer["ffn_mult"] for layer in read.layers] == [None] * 3
         assert (read.heads, [layer["kv_heads"] for layer in read.layers]) == (8, [4, 1, 2])
         assert read.bias == (model.model.layers[0].self_attn.q_proj.bias is not None)
@@ -145,7 +145,7 @@ def test_fewer_kv_heads_than_ranks_are_repeated_by_the_engine() -> None:
 
 
 def test_layers_that_are_alike_need_no_zeros(tmp_path: Path) -> None:
-    model = shrink(made("llama"), mlp=[range(24)] * 3, kv_groups=[[0, 2]] * 3)
+    model = shrink(made("llama"), mlp=[range(32)] * 3, kv_groups=[[0, 2]] * 3)
     export_for_engine(model, None, tmp_path / "engine", engine="vllm", ranks=2)
     stored = sum(
         tensor.numel()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slmperf.calibrate.gram import Gram
 from slmperf.calibrate.manifest import manifest
 from slmperf.calibrate.storage import zeros
-from slmperf.calibrate.tokens import Tokens, check_ids, model_inputs, token_weights
+from slmperf.calibrate.tokens import Tokens, check_batch, model_inputs, token_weights
 from slmperf.calibrate.watch import Dense, Watch, check
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class BlockStream:
 
     @torch.no_grad()
     def _record(self, batch: Mapping[str, Any]) -> None:
-        check_ids(self._model, batch)
+        check_batch(self._model, batch)
         hidden, arguments = self._pass(batch)
         leaves = [x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves}

@@ -13,7 +13,7 @@ import torch
 
 from slmperf.calibrate.gram import Gram
 from slmperf.calibrate.manifest import COUNTS, manifest
-from slmperf.calibrate.tokens import Tokens, check_ids, model_inputs, places, token_weights
+from slmperf.calibrate.tokens import Tokens, check_batch, model_inputs, places, token_weights
 from slmperf.calibrate.watch import Watch, check, pruned_layers
 from slmperf.check import InputError
 from slmperf.models.files import write_folder
@@ -141,7 +141,7 @@ def calibrate(
     """
     if isinstance(batches, Sequence):
         for batch in batches:
-            check_ids(model, batch)
+            check_batch(model, batch)
     if layers is None:
         named = default_layers(model)
         layers, sizes = list(named), named if group_sizes is None else dict(group_sizes)
@@ -155,7 +155,7 @@ def calibrate(
     model.eval()
     try:
         for batch in batches:
-            check_ids(model, batch)
+            check_batch(model, batch)
             tokens = Tokens.of(token_weights(batch), places(batch), device)
             seen.append(tokens)
             with watch.inputs(partial(watch.add, grams, tokens, None)):

@@ -44,7 +44,8 @@ class Tokens:
         if weights is None:
             sequence = torch.arange(places, device=device) // max(1, each)
             return cls(None, sequence, None, places, float(places), shape[0])
-        if weights.numel() != places:
+        flat_shape = tuple(shape[1:]) if shape[0] == 1 else tuple(shape)
+        if tuple(weights.shape) not in (tuple(shape), flat_shape):
             raise InputError(f"token weights: wanted {tuple(shape)}, found {tuple(weights.shape)}")
         flat = weights.reshape(-1).to(device)
         index = flat.nonzero()[:, 0]
@@ -126,7 +127,7 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, An
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in ("token_weights", "labels")
+        if name not in ("token_weights", "labels", "use_cache")
     }
 
 
@@ -138,12 +139,33 @@ def places(batch: Mapping[str, Any]) -> tuple[int, int]:
     raise InputError("calibrate: wanted input_ids or inputs_embeds in a batch, found neither")
 
 
-def check_ids(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """InputError for token ids that the model does not have: the text's tokenizer is another's."""
-    ids, size = batch.get("input_ids"), model.get_input_embeddings().num_embeddings
-    if ids is None or not ids.numel():
+def check_batch(model: PreTrainedModel, batch: Any) -> None:
+    """InputError for what is no batch of the model's arguments (ids (B, T), mask and weights of
+    their shape), and for ids beyond its vocabulary: the text's tokenizer is another model's.
+    """
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            "calibrate: wanted a list of batches, each a mapping of the model's arguments, "
+            f"found a {type(batch).__name__} in it"
+        )
+    shape, given = places(batch), batch.get("input_ids")
+    wanted_dims = 3 if given is None else 2
+    first = batch["inputs_embeds"] if given is None else given
+    if first.dim() != wanted_dims or not first.numel():
+        letters = "(B, T)" if wanted_dims == 2 else "(B, T, D)"
+        raise InputError(
+            f"calibrate: wanted a batch of tokens {letters}, found {tuple(first.shape)}"
+        )
+    mask, weights = batch.get("attention_mask"), batch.get("token_weights")
+    for name, tensor in (("attention_mask", mask), ("token_weights", weights)):
+        if tensor is None or (name == "attention_mask" and tensor.dim() != 2):
+            continue
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"calibrate: {name}: wanted {shape}, found {tuple(tensor.shape)}")
+    if given is None:
         return
-    least, most = int(ids.min()), int(ids.max())
+    size = model.get_input_embeddings().num_embeddings
+    least, most = int(given.min()), int(given.max())
     if least < 0 or most >= size:
         found = least if least < 0 else most
         raise InputError(

@@ -43,8 +43,30 @@ def write_pretrained(
     """The same into a folder that the caller makes and renames, as a part of what it writes."""
     with _without_progress_bars():
         model.save_pretrained(folder)
+        add_older_fields(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def add_older_fields(folder: str | os.PathLike[str]) -> None:
+    """Say the rotary parameters in config.json of a folder in the words of Transformers 4, too.
+
+    Readers that do not know `rope_parameters` would silently take their defaults.
+    """
+    path = Path(folder) / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    older = older_rope_fields(fields.get("rope_parameters"))
+    if older:
+        path.write_text(json.dumps(fields | older, indent=2, sort_keys=True) + "\n")
+
+
+def older_rope_fields(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of one set of rotary parameters; {} for several."""
+    if not rope or "rope_theta" not in rope:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
 
 
 def load(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

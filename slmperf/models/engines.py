@@ -5,8 +5,9 @@ vLLM and SGLang load layers of different sizes as DeciLMForCausalLM, model type 
 one number of query heads H for all layers, and in `block_configs` each layer's query heads per
 key/value head and its neurons. What a pruned layer has less of is filled up with zeros that change
 no output: query heads without output columns, key/value heads that only those read, neurons.
-Layers with fewer heads therefore save less there than in `PrunedForCausalLM`; models whose layers
-are alike need none of this.
+Layers with fewer heads therefore save less there than in `PrunedForCausalLM`. Models whose layers
+are alike need none of this, but for Qwen2 with fewer heads: vLLM 0.33's own class for it takes the
+head size from the hidden size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from slmperf.check import InputError
+from slmperf.models.checkpoint import older_rope_fields
 from slmperf.models.files import write_folder
 from slmperf.models.pruned import stock_fields
 from slmperf.models.resize import apply_sizes
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["vllm", "sglang"]
 _CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
+_VECTOR = 8  # bf16 values in 16 bytes, which their activation kernels read at once
 _FFN_MULTIPLE = 256  # to which the engines round what they compute from ffn_mult
 
 
@@ -99,7 +102,7 @@ def export_for_engine(
     config = model.config
     blocks = _checked(model, engine)
     layouts = _layouts([heads_of(block) for block in blocks], ranks, engine == "sglang")
-    multiple = ranks if engine == "vllm" else math.lcm(ranks, _FFN_MULTIPLE)
+    multiple = _VECTOR * ranks if engine == "vllm" else math.lcm(ranks, _FFN_MULTIPLE)
     sizes = [-(-neurons_of(block) // multiple) * multiple for block in blocks]
     with write_folder(folder) as aside:
         shards = ShardWriter(aside)
@@ -254,7 +257,6 @@ def _fields(
         else:
             ffn["ffn_mult"] = 3 * size / (2 * config.hidden_size)
         block_configs.append({"attention": {"no_op": False, "n_heads_in_group": group}, "ffn": ffn})
-    rope = dict(fields["rope_parameters"])
     return fields | {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
@@ -266,7 +268,5 @@ def _fields(
         "attention_bias": linear_blocks(model)[0].self_attn.q_proj.bias is not None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "block_configs": block_configs,
-        # Readers older than `rope_parameters` look for these two.
-        "rope_theta": rope.pop("rope_theta"),
-        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
+        **older_rope_fields(fields["rope_parameters"]),
     }

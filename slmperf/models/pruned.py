@@ -51,6 +51,7 @@ class PrunedConfig(PretrainedConfig):
 
     base_model_type: str = "llama"
     head_map: list[int] | None = None  # query heads of each key/value head; None: equally many
+    max_position_embeddings: int = 2048  # which the rotary parameters of long contexts are read by
     rope_parameters: dict[str, Any] | None = None
     use_cache: bool = True
 

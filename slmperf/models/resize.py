@@ -1,7 +1,7 @@
 """From shrunken blocks to a model that loads: configuration, class, and `shrink`, which does both.
 
 Where all layers are alike, the sizes go into the stock configuration and stock Transformers and the
-serving engines load the result. Llama's configuration refuses head counts that do not divide the
+serving engines load the result (but see `_ENGINE_NOTES`). Llama's configuration refuses head counts that do not divide the
 hidden size, though its layers compute with any; such a model becomes Mistral's class, which holds
 the same tensors under the same names and computes the same logits. Everything else is a
 `PrunedForCausalLM`.
@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _LOG = logging.getLogger("slmperf")
+
+# Families of which an engine's class takes the head size from the hidden size, whatever head_dim
+# says; seen with vLLM 0.33.0 and SGLang 0.5.23.
+_ENGINE_NOTES = {
+    "qwen2": "vLLM loads Qwen2 with fewer heads only as export_for_engine writes it",
+    "mixtral": "SGLang does not load Mixtral with fewer heads",
+}
 
 
 def shrink(
@@ -92,9 +99,10 @@ def shrink(
 def apply_sizes(model: PreTrainedModel) -> PreTrainedModel:
     """The model that the blocks' real sizes make, with a configuration that says them.
 
-    Its `pruning_note` is "" where stock Transformers loads the model under its own class. Else it
-    says in a line what was done instead, as a warning of the logger "slmperf" does, and the model
-    is a new object with the same parameters; the one that was given is not to be used any more.
+    Its `pruning_note` is "" where stock Transformers and engines load the model under its own
+    class. Else it says in a line what was done instead or what does not load it, as a warning of
+    the logger "slmperf" does. Of another class the model is a new object with the same parameters;
+    the one that was given is not to be used any more.
     `head_dim` is always written, because readers otherwise infer it from the number of heads.
     """
     from slmperf.models.pruned import PrunedForCausalLM, pruned_config
@@ -132,12 +140,14 @@ def _stock(model: PreTrainedModel, sizes: Sizes) -> tuple[PreTrainedModel | None
     name = FAMILIES[family]
     config, refused = _accepted(getattr(transformers, f"{name}Config"), fields)
     if config is not None:
+        implied = fields["num_attention_heads"] * fields["head_dim"] == fields["hidden_size"]
+        note = "" if implied else _ENGINE_NOTES.get(family, "")
         if isinstance(model, PrunedForCausalLM):
             kind = getattr(transformers, f"{name}ForCausalLM")
-            return _noted(_rebuilt(model, kind, config), ""), ""
+            return _noted(_rebuilt(model, kind, config), note), ""
         for key in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             setattr(model.config, key, fields[key])
-        return _noted(model, ""), ""
+        return _noted(model, note), ""
     biased = fields.get("attention_bias") or fields.get("mlp_bias")
     if family != "llama" or biased:
         return None, refused

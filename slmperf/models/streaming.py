@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slmperf.check import InputError
-from slmperf.models.checkpoint import read_config, stored_tensors
+from slmperf.models.checkpoint import add_older_fields, read_config, stored_tensors
 from slmperf.models.files import write_folder
 from slmperf.models.resize import apply_sizes
 from slmperf.models.shards import ShardWriter
@@ -161,6 +161,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         self._shards.finish()
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(self._aside)
+        add_older_fields(self._aside)
         for file in sorted(self._folder.iterdir()):
             if file.name in _COMPANIONS or "token" in file.name:
                 shutil.copyfile(file, self._aside / file.name)
