@@ -49,6 +49,15 @@ TRAIN_STEPS = {
     "cuda": (("1b", "8b", 4, 1024),),
     "cpu": (((2, 16, 2, 1, 8, 24, 96), (1, 24, 2, 2, 12, 32, 96), 2, 16),),
 }
+# Tokens of an update and inputs of a layer, down_proj of Llama-3.2-3B and of 3.1-8B.
+GRAMS = {"cuda": ((16384, 8192), (16384, 14336)), "cpu": ((512, 96),)}
+# Whole models: shape, neurons and query heads that stay, tokens, context, sequences of a batch; and
+# one layer solved on both devices: inputs, outputs, inputs that stay.
+PRUNINGS = {
+    "cuda": (("3b", 5120, 12, 262144, 4096, 4), ("8b", 10240, 32, 262144, 4096, 4)),
+    "cpu": (((2, 16, 4, 2, 4, 24, 96), 16, 2, 256, 64, 2),),
+}
+SOLVED = {"cuda": ((2048, 1024, 1280), (8192, 3072, 5120)), "cpu": ((64, 32, 40),)}
 # One token in so many is an answer, and whether the student's layers are checkpointed.
 TRAIN_KINDS = {"cuda": ((1, False), (1, True), (128, False)), "cpu": ((1, False), (4, True))}
 
@@ -255,6 +264,43 @@ def train_plan(device):
     }
 
 
+def gram_plan(device):
+    """The update of a Gram matrix: a section per size and dtype."""
+    from slmperf.bench.gram.measure import DTYPES, measure, title
+
+    return {
+        title(*one): lambda part, facts, one=one: iter(measure(*one, device, part.seconds))
+        for size in GRAMS[device]
+        for dtype in DTYPES
+        for one in [(*size, dtype)]
+    }
+
+
+def prune_plan(device):
+    """Whole models pruned, a section per model and mode; a layer, on the CPU and on the device."""
+    from slmperf.bench.prune_model import Pruning, measure, same_on_both
+    from slmperf.models.shapes import Shape, shape_of
+
+    def solved(part, facts, sizes):
+        row = same_on_both(*sizes, device)
+        yield row
+        if row["error_apart"] > 1e-6:
+            raise Failed(f"{row['name']}: errors are {row['error_apart']:.2g} apart")
+
+    plan = {}
+    for shape, *rest in PRUNINGS[device]:
+        what = Pruning(shape_of(shape) if isinstance(shape, str) else Shape(*shape), *rest)
+        for mode in ("sequential", "one_pass"):
+            plan[f"{what}, {mode}"] = lambda part, facts, one=(what, mode): iter(
+                measure(*one, device)
+            )
+    for sizes in SOLVED[device]:
+        plan["prune osscar {}x{} to {}".format(*sizes)] = lambda part, facts, sizes=sizes: solved(
+            part, facts, sizes
+        )
+    return plan
+
+
 def worst_of(rows, name):
     """The figures that hold at every number of tokens, as one row; its time is that of the last of
     ours at the most tokens. A figure that one of the rows lacks is left out.
@@ -285,4 +331,6 @@ BENCHES = {
     "train": train_plan,
     "layer": layer_plan,
     "engine": engine_plan,
+    "gram": gram_plan,
+    "prune": prune_plan,
 }

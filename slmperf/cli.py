@@ -15,6 +15,7 @@ import typer
 
 from slmperf.bench import commands as bench_commands
 from slmperf.plan import commands as plan_commands
+from slmperf.prune.command import commands as prune_commands
 
 app = typer.Typer(
     help="Turn a large teacher into a small, fast ranking model, and measure what it costs.",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(plan_commands.app, name="plan")
+app.command()(prune_commands.prune)
 
 
 def _print_version(wanted: bool) -> None:

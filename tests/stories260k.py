@@ -2,6 +2,7 @@
 stories.
 
 The files are llama2.c's: seven int32, then fp32 tensors in a fixed order, rotary pairs interleaved.
+stories3m.py reads the larger one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import struct
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +23,7 @@ CONTEXT = 512
 
 def load_stories260k(data: Path) -> LlamaForCausalLM:
     raw = (data / "models" / "stories260K.bin").read_bytes()
-    hidden, mlp, layers, heads, kv_heads, vocabulary, context = struct.unpack("<7i", raw[:28])
-    size = hidden // heads
+    sizes = Sizes(*struct.unpack("<7i", raw[:28]))
     values = torch.from_numpy(np.frombuffer(raw, dtype="<f4", offset=28).copy())
     position = 0
 
@@ -32,40 +33,69 @@ def load_stories260k(data: Path) -> LlamaForCausalLM:
         position += count
         return values[position - count : position].view(shape)
 
+    hidden, mlp, layers = sizes.hidden, sizes.mlp, sizes.layers
+    keys = sizes.kv_heads * (hidden // sizes.heads)
+    tensors = {
+        "embedding": take(sizes.vocabulary, hidden),
+        "attention_norm": take(layers, hidden),
+        "q": take(layers, hidden, hidden),
+        "k": take(layers, keys, hidden),
+        "v": take(layers, keys, hidden),
+        "o": take(layers, hidden, hidden),
+        "mlp_norm": take(layers, hidden),
+        "gate": take(layers, mlp, hidden),
+        "down": take(layers, hidden, mlp),
+        "up": take(layers, mlp, hidden),
+        "norm": take(hidden),
+    }
+    return llama(sizes, tensors)
+
+
+class Sizes(NamedTuple):
+    """A header of llama2.c, in its order."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int
+
+
+def llama(sizes: Sizes, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    """llama2.c's tensors, layers first, as a Transformers model with tied embeddings."""
+
     def halves(weight: torch.Tensor) -> torch.Tensor:  # rows 0 1 2 3 of a head -> 0 2 1 3
-        rows = weight.view(-1, size // 2, 2, hidden)
+        rows = weight.view(-1, sizes.hidden // sizes.heads // 2, 2, sizes.hidden)
         return rows.transpose(1, 2).reshape(weight.shape)
 
-    embedding = take(vocabulary, hidden)
-    attention_norm = take(layers, hidden)
-    q, k = take(layers, hidden, hidden), take(layers, kv_heads * size, hidden)
-    v, o = take(layers, kv_heads * size, hidden), take(layers, hidden, hidden)
-    mlp_norm = take(layers, hidden)
-    gate, down, up = take(layers, mlp, hidden), take(layers, hidden, mlp), take(layers, mlp, hidden)
-    final_norm = take(hidden)
-    state = {"model.embed_tokens.weight": embedding, "model.norm.weight": final_norm}
-    for i in range(layers):
+    state = {
+        "model.embed_tokens.weight": tensors["embedding"],
+        "model.norm.weight": tensors["norm"],
+    }
+    for i in range(sizes.layers):
         block = f"model.layers.{i}."
         state |= {
-            block + "input_layernorm.weight": attention_norm[i],
-            block + "post_attention_layernorm.weight": mlp_norm[i],
-            block + "self_attn.q_proj.weight": halves(q[i]),
-            block + "self_attn.k_proj.weight": halves(k[i]),
-            block + "self_attn.v_proj.weight": v[i],
-            block + "self_attn.o_proj.weight": o[i],
-            block + "mlp.gate_proj.weight": gate[i],
-            block + "mlp.up_proj.weight": up[i],
-            block + "mlp.down_proj.weight": down[i],
+            block + "input_layernorm.weight": tensors["attention_norm"][i],
+            block + "post_attention_layernorm.weight": tensors["mlp_norm"][i],
+            block + "self_attn.q_proj.weight": halves(tensors["q"][i]),
+            block + "self_attn.k_proj.weight": halves(tensors["k"][i]),
+            block + "self_attn.v_proj.weight": tensors["v"][i],
+            block + "self_attn.o_proj.weight": tensors["o"][i],
+            block + "mlp.gate_proj.weight": tensors["gate"][i],
+            block + "mlp.up_proj.weight": tensors["up"][i],
+            block + "mlp.down_proj.weight": tensors["down"][i],
         }
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=context,
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.mlp,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+            max_position_embeddings=sizes.context,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
         )
@@ -75,17 +105,30 @@ def load_stories260k(data: Path) -> LlamaForCausalLM:
     return model.eval()
 
 
-def story_tokens(data: Path, split: str, count: int) -> list[torch.Tensor]:
+def story_tokens(
+    data: Path, split: str, count: int, tokens: str = "tok512.bin"
+) -> list[torch.Tensor]:
     """The first `count` stories of a split as token ids, BOS first, cut to the context."""
-    raw = (data / "models" / "tok512.bin").read_bytes()
-    scores, ids, position = {}, {}, 4
-    for index in range(512):
+    found = []
+    for line in (data / "text" / "tinystories_917.jsonl").read_text().splitlines():
+        story = json.loads(line)
+        if story["split"] == split and len(found) < count:
+            found.append(story["text"])
+    return encode_texts(data, found, tokens)
+
+
+def encode_texts(data: Path, texts: list[str], tokens: str) -> list[torch.Tensor]:
+    """Texts as token ids of a tokeniser in the folder `models`, BOS first, cut to the context."""
+    raw = (data / "models" / tokens).read_bytes()
+    scores, ids, position, index = {}, {}, 4, 0
+    while position < len(raw):
         score, length = struct.unpack_from("<fi", raw, position)
         position += 8
         piece = raw[position : position + length]
         position += length
         scores[piece] = score
         ids.setdefault(piece, index)
+        index += 1
 
     @cache
     def encode(word: bytes) -> tuple[int, ...]:
@@ -99,15 +142,13 @@ def story_tokens(data: Path, split: str, count: int) -> list[torch.Tensor]:
         # Ids 0..2 are special, 3..258 the raw bytes.
         return tuple(ids.get(piece, piece[0] + 3) for piece in pieces)
 
-    stories = []
-    for line in (data / "text" / "tinystories_917.jsonl").read_text().splitlines():
-        story = json.loads(line)
-        if story["split"] == split and len(stories) < count:
-            tokens = [BOS]
-            for word in story["text"].split(" "):  # no piece spans a space: words merge alone
-                tokens += encode(b" " + word.encode())
-            stories.append(torch.tensor(tokens[:CONTEXT]))
-    return stories
+    found = []
+    for text in texts:
+        encoded = [BOS]
+        for word in text.split(" "):  # no piece spans a space: words merge alone
+            encoded += encode(b" " + word.encode())
+        found.append(torch.tensor(encoded[:CONTEXT]))
+    return found
 
 
 def batches(stories: list[torch.Tensor], size: int = 10) -> list[dict[str, torch.Tensor]]:

@@ -292,7 +292,7 @@ def test_a_block_replaces_its_own_and_no_other(report):
     "options,message",
     [
         (["--device", "cuda"], "torch sees no CUDA device"),
-        (["--part", "9"], "part is '9', expected all or some of 1 tests, 2 owed, 3 "),
+        (["--part", "90"], "part is '90', expected all or some of 1 tests, 2 owed, 3 "),
         (["--merge", "nowhere"], "no part files below nowhere"),
         (["--data", "nowhere", "--device", "cpu"], "--data nowhere is no folder"),
     ],
@@ -577,6 +577,43 @@ def test_kd_rows_at_tiny_sizes(plans, sections, stub, monkeypatch):
     assert worst["speedup_over_eager"] == min(row["speedup_over_eager"] for row in each)
     assert worst["time_us"] == each[-1]["time_us"] and few["time_us"] > 0
     assert "speedup_over_liger" not in worst, "no rival ran"
+
+
+def test_prune_rows_at_toy_size(plans, sections, stub, monkeypatch):
+    """The part "prune" as `DEVICE=cpu` runs it, and what fails it."""
+    from slmperf.bench import prune_model
+
+    plan = plans.prune_plan("cpu")
+    part = sections.Part(stub, time.time() + 60, 0.01)
+    for name, work in plan.items():
+        assert not part.run(name, work), part.content["sections"][name]
+    rows = {row["name"]: row for row in part.content["rows"]}
+    assert all(name.startswith(row["section"]) for name, row in rows.items())
+    whole = "prune 2x16, F 24, 4/2 heads of 4 to F 16, 2 heads, 256 tokens, {}"
+    assert list(rows) == [
+        whole.format(way)
+        for mode in ("sequential", "one_pass")
+        for way in (f"{mode}, two forwards", mode)
+    ] + ["prune osscar 64x32 to 40"]
+    row = rows[whole.format("one_pass")]
+    forwards = rows[whole.format("one_pass, two forwards")]["time_us"] / 1e6
+    assert row["times_forwards"] == row["seconds"] / forwards
+    # Embeddings and head 2 * 96 * 16; q, o of two heads, k, v of one; three matrices; norms.
+    layer = 2 * 16 * 8 + 2 * 16 * 4 + 3 * 16 * 16 + 2 * 16
+    assert row["parameters"] == 2 * 96 * 16 + 2 * layer + 16
+    monkeypatch.setattr(prune_model, "osscar", lambda gram, *given, **more: FarApart())
+    assert part.run("osscar", plan["prune osscar 64x32 to 40"])
+    assert "errors are" in part.content["sections"]["osscar"]["error"]
+
+
+class FarApart:
+    """Answers of a solver, each with another error."""
+
+    count = 0
+
+    def __init__(self):
+        FarApart.count += 1
+        self.kept, self.error = torch.arange(40), float(FarApart.count)
 
 
 def test_ours_that_cannot_run_fail_their_section(plans, sections, stub, monkeypatch):

@@ -12,7 +12,7 @@ from slmperf.check import InputError
 from slmperf.ops.eliminate import eliminate
 from slmperf.ops.routing import MISSING
 from slmperf.prune import osscar
-from slmperf.prune.refit import Problem, keep_groups
+from slmperf.prune.layer.refit import Problem, keep_groups
 from slmperf.testing.recurrence import layer_problem, recurrence
 
 KINDS = ("random", "glu", "correlated")

@@ -50,6 +50,8 @@ STAGES = [
     "one-step",
     "one-step-kd",
     "heads-kd",
+    "gradual",
+    "uniform",
 ]
 
 
@@ -132,6 +134,8 @@ def test_pruned_stages_are_smaller_and_stock_transformers_loads_them(undisturbed
         ("student", 48, 4, 2),
         ("narrow", 24, 4, 2),
         ("fewer-heads", 24, 2, 1),
+        ("gradual", 16, 4, 2),
+        ("uniform", 48, 2, 2),
     ):
         config = json.loads((out / stage / "config.json").read_text())
         assert config["intermediate_size"] == neurons
@@ -291,6 +295,14 @@ def refused(capsys, monkeypatch, recipe: Path, out: Path, data: Path | None = No
         ("name: narrow,", "name: narrow.training,", "stages[3] (narrow.training).name: "),
         ("kv_heads: 1,", "kv_heads: 0,", "kv_heads: expected greater than or equal to 1, found 0"),
         ("intermediate: 24", "intermediate: 480", "expected less than the 48 neurons"),
+        ("intermediate: [24, 16]", "intermediate: [16, 24]", "(gradual): intermediate is [16, 24]"),
+        ("intermediate: [24, 16]", "intermediate: [48, 16]", "expected less than the 48 neurons"),
+        ("intermediate: 24", "intermediate: 24, method: best", "narrow).method: expected 'osscar'"),
+        ("intermediate: 24", "intermediate: 24, mode: both", "stages[3] (narrow).mode: expected"),
+        ("kv_heads: 1,", "", "(fewer-heads): expected kv_heads or heads, found neither"),
+        ("kv_heads: 1,", "heads: 1,", "(fewer-heads).heads: 1 query heads are no whole groups"),
+        ("heads: 2, head_mode: uniform", "heads: 3, head_mode: uniform", "nearest legal: 4/2, 2/"),
+        ("intermediate: 24", "intermediate: 24, calibration_text: no.txt", "no.txt: wanted a file"),
         ("from: student,", "from: sutdent,", "stages[3] (narrow).from: no stage is named 'sutd"),
         ("from: narrow-kd", "from: int8", "reads itself: fewer-heads <- int8 <- fewer-heads"),
         ("from: narrow,", "from: teacher,", "narrow-kd is a mixture of experts, expected a dense"),

@@ -8,14 +8,18 @@ from typing import Annotated
 
 import typer
 
+from slmperf.bench.gram.command import gram
 from slmperf.bench.kd.command import kd
+from slmperf.bench.osscar.command import osscar
 from slmperf.bench.train.command import train
 
 app = typer.Typer(
     help="Measure: the machine's roof, operators, one layer, a training step, a serving load.",
     no_args_is_help=True,
 )
+app.command()(gram)
 app.command()(kd)
+app.command()(osscar)
 app.command()(train)
 
 

@@ -1,7 +1,8 @@
 """Result files: what every bench writes and `slmperf bench compare` and `slmperf plan fit` read.
 
     {"schema": "slmperf.bench/1",
-     "kind": "roof" | "ops" | "kd" | "train" | "layer" | "serve" | "audit" | "gpu-check",
+     "kind": "roof" | "ops" | "kd" | "train" | "layer" | "serve" | "audit" | "gram" |
+              "osscar" | "gpu-check",
      "date": "2026-11-22T07:02Z",
      "machine": {...}, "roof": {...} or null, "rows": [{...}, ...]}
 

@@ -1,10 +1,10 @@
 """From shrunken blocks to a model that loads: configuration, class, and `shrink`, which does both.
 
-Where all layers are alike, the sizes go into the stock configuration and stock Transformers and the
-serving engines load the result (but see `_ENGINE_NOTES`). Llama's configuration refuses head counts that do not divide the
-hidden size, though its layers compute with any; such a model becomes Mistral's class, which holds
-the same tensors under the same names and computes the same logits. Everything else is a
-`PrunedForCausalLM`.
+Where all layers are alike, the sizes go into the stock configuration; stock Transformers and the
+serving engines load the result (but see `_ENGINE_NOTES`). Llama's configuration refuses head counts
+that do not divide the hidden size, though its layers compute with any; such a model becomes
+Mistral's class, which holds the same tensors under the same names and computes the same logits.
+Everything else is a `PrunedForCausalLM`.
 """
 
 from __future__ import annotations

@@ -1,137 +1,220 @@
 """prune_model: prune and refit the decoder blocks of a Llama-like model, one after the other.
 
-Block by block: run the calibration batches through the block as it is, collecting the Gram matrices
-of the inputs of o_proj and down_proj in the same pass; choose and refit with `osscar`; shrink the
-block; run it again to make the inputs of the next. So every block is fitted to inputs that come
-from the pruned blocks before it.
+    sequential     every layer is fitted to inputs that come from the layers pruned before it: of a
+                   block first the heads, then, with what attention now gives, the neurons
+    dense_target   the same inputs, but the outputs wanted are those that make the hidden states the
+                   unpruned model's, so that a layer makes good what the layers before it lost
+    one_pass       all inputs come from the unpruned model, in one pass over any number of tokens
+
+Whatever the mode, a layer is a Gram matrix of its inputs and a weight, solved by one of `METHODS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slmperf.calibrate import BlockStream, Gram
+from slmperf.calibrate import BlockStream, Calibration
 from slmperf.check import InputError
 from slmperf.models.checkpoint import parameters
-from slmperf.models.structure import (
-    check_sizes,
-    decoder_blocks,
-    head_size,
-    keep_head_groups,
-    keep_neurons,
-    set_sizes,
-)
-from slmperf.prune.elimination import Pruned, osscar
+from slmperf.models.resize import apply_sizes
+from slmperf.models.structure import decoder_blocks
+from slmperf.prune.block import ATTENTION, BlockSizes, Groups, layer_name, layer_weight, remove
+from slmperf.prune.layer.solve import Solver
+from slmperf.prune.results import LayerPruned, PruneReport
+from slmperf.prune.sources import Batches, OnePass, Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class LayerPruned:
-    """What happened to one linear layer: `kept` of `groups` groups, and at what error."""
-
-    name: str  # such as "model.layers.0.mlp.down_proj"
-    groups: int
-    kept: tuple[int, ...]
-    relative_error: float  # share of the output's energy on the calibration tokens
-    curve: tuple[float, ...]  # relative error (damping included) after each removal
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """The layers in the order in which they were pruned, and the sizes before and after."""
-
-    layers: tuple[LayerPruned, ...]
-    tokens: int  # calibration tokens seen by each layer
-    parameters_before: int
-    parameters_after: int
+Mode = Literal["sequential", "one_pass", "dense_target"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+Progress = Callable[[int, int], object]
 
 
 @torch.no_grad()
 def prune_model(
     model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Any]],
+    calibration: Batches | Calibration,
     *,
-    mlp: int | None = None,
-    kv_heads: int | None = None,
+    intermediate_size: int | Sequence[int] | None = None,
+    attention_heads: int | Sequence[int] | None = None,
+    key_value_heads: int | Sequence[int] | None = None,
+    heads: str = "kv_group",
+    mode: Mode = "sequential",
+    method: str = "osscar",
     damping: float = 0.01,
-    progress: Callable[[int, int], object] | None = None,
+    swaps: int = 0,
+    source: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    spill: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> PruneReport:
-    """Shrink every decoder block to `mlp` neurons and `kv_heads` key/value heads, in place.
+    """Take MLP neurons and attention heads out of every decoder block and refit what stays.
 
-    batches: the model's arguments (input_ids (B, T), attention_mask (B, T), ...), each optionally
-        with `token_weights` (B, T) >= 0; padding does not count. Their hidden states are held once,
-        B * T * D values a batch.
-    mlp: the new intermediate_size, at most the old one. None leaves the MLP alone.
-    kv_heads: the new number of key/value heads; a head leaves with all query heads that read it.
-        None: no change.
-    damping: see `osscar`.
+    model: changed in place, in evaluation mode afterwards; use `report.model`, which is another
+        object where another class must hold the result (`slmperf.models.resize.apply_sizes`).
+    calibration: batches of the model's arguments (input_ids (B, T), attention_mask (B, T), ...),
+        each optionally with `token_weights` (B, T) >= 0; padding does not count. In mode one_pass
+        also a `Calibration` of the same model.
+    intermediate_size: neurons that stay, a number or one per layer; of each expert where there are
+        several. None: all.
+    attention_heads, key_value_heads, heads: see `plan_heads`.
+    mode: see above. sequential and dense_target hold the hidden states of all batches, B * T * D
+        values each (twice for dense_target), one_pass the Gram matrices of all layers; in files
+        under the folder `spill` if one is given.
+    method: one of METHODS. swaps: at most so many in each layer (`osscar`).
+    source, tokenizer: of the text, for the report: "in-domain: FILE" or "generic: FILE", and what
+        made its ids.
     progress: called as progress(blocks done, blocks) after each block.
 
-    Biases of the shrunk projections are sliced, those of o_proj and down_proj stay. The model ends
-    in evaluation mode.
-    Raises InputError before anything changes: for counts larger than the model has, for head counts
-    that the model's configuration refuses, and for batches without tokens. A layer whose inputs
-    are not finite raises it too, with the blocks before it already pruned.
+    Layers that keep everything are not touched, whatever the mode, and not reported. Of an expert
+    that no token reached the neurons with the largest weights stay. Biases of the shrunk
+    projections are sliced, those of o_proj and down_proj stay.
+
+    Raises InputError, before anything changes, for impossible sizes, weights that are not finite
+    and batches without tokens. A layer whose inputs are not finite raises it too, by name; where
+    layers before it are pruned already, the message says so.
     """
-    if mlp is None and kv_heads is None:
-        raise InputError("prune_model: wanted mlp or kv_heads, found neither")
+    start = time.perf_counter()
     blocks = decoder_blocks(model)
-    check_sizes(model.config, mlp=mlp, kv_heads=kv_heads)
-    before = parameters(model)
+    wanted: dict[str, Any] = {
+        "intermediate_size": intermediate_size,
+        "attention_heads": attention_heads,
+        "key_value_heads": key_value_heads,
+        "heads": heads,
+    }
+    sizes = BlockSizes.of(model.config, **wanted)
+    solver = Solver(method, damping, swaps)
+    check_mode(mode, calibration)
+    check_finite(model)
     model.eval()
-    stream = BlockStream(model, blocks, batches)
-    config = model.config
-    span = head_size(config) * (config.num_attention_heads // config.num_key_value_heads)
-    layers: list[LayerPruned] = []
-    tokens = 0
+    made: Source
+    text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}
+    if mode == "one_pass":
+        made = OnePass.of(model, calibration, sizes.all_layers(blocks), method, **text)
+    else:
+        batches = cast(Batches, calibration)
+        made = BlockStream(model, blocks, batches, dense_target=mode == "dense_target", **text)
+    settings = {**wanted, "mode": mode, "method": method, "damping": damping, "swaps": swaps}
+    return prune_with(model, made, sizes, solver, settings, start, progress)
+
+
+def check_mode(mode: str, calibration: Batches | Calibration) -> None:
+    """InputError for an unknown mode, and one that the calibration does not serve."""
+    if mode not in MODES:
+        raise InputError(f"mode: wanted one of {', '.join(MODES)}, found {mode!r}")
+    if mode != "one_pass" and isinstance(calibration, Calibration):
+        raise InputError(f"calibration: wanted batches in mode {mode}, found Gram matrices")
+
+
+def prune_with(
+    model: PreTrainedModel,
+    made: Source,
+    sizes: BlockSizes,
+    solver: Solver,
+    settings: dict[str, Any],
+    start: float,
+    progress: Progress | None = None,
+) -> PruneReport:
+    """Prune all blocks of a checked model; `start` is when its calibration began (perf_counter)."""
+    under_way = Pruning(model, made, sizes, solver, start)
+    blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
-        watched: dict[str, nn.Linear] = {}
-        if kv_heads is not None:
-            watched["self_attn.o_proj"] = block.self_attn.o_proj
-        if mlp is not None:
-            watched["mlp.down_proj"] = block.mlp.down_proj
-        for name, gram in stream.grams(index, watched).items():
-            heads = name == "self_attn.o_proj"
-            weight = watched[name].weight
-            full_name = f"model.layers.{index}.{name}"
-            try:
-                result = osscar(
-                    gram.matrix,
-                    weight,
-                    group_size=span if heads else 1,
-                    keep=kv_heads if heads else mlp,
-                    damping=damping,
-                )
-            except InputError as error:
-                raise InputError(f"prune_model: {full_name}: {error}") from error
-            layers.append(_record(full_name, gram, weight, result))
-            if heads:
-                keep_head_groups(block, result.kept, config)
-            else:
-                keep_neurons(block, result.kept)
-            watched[name].weight.copy_(result.weight)
-            tokens = gram.tokens
-        stream.advance(index)
+        try:
+            under_way.prune(index, block)
+        except InputError as error:
+            verb = "layer before it is" if len(under_way.layers) == 1 else "layers before it are"
+            pruned = f"; {len(under_way.layers)} {verb} pruned already" if under_way.layers else ""
+            raise InputError(f"{error}{pruned}") from error
         if progress is not None:
             progress(index + 1, len(blocks))
-    set_sizes(config, mlp=mlp, kv_heads=kv_heads)
-    return PruneReport(tuple(layers), tokens, before, parameters(model))
+    return under_way.report(apply_sizes(model), settings)
 
 
-def _record(name: str, gram: Gram, weight: Tensor, result: Pruned) -> LayerPruned:
-    energy = float(((weight.double() @ gram.matrix) * weight.double()).sum() / 2)
-    curve = result.curve / energy if energy > 0 else torch.zeros_like(result.curve)
-    return LayerPruned(
-        name=name,
-        groups=len(result.kept) + len(result.order),
-        kept=tuple(result.kept.tolist()),
-        relative_error=result.relative_error,
-        curve=tuple(curve.tolist()),
-    )
+class Pruning:
+    """A pruning on its way through the blocks: what is done, and the time and memory it takes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        made: Source,
+        sizes: BlockSizes,
+        solver: Solver,
+        start: float,
+        device: torch.device | None = None,
+    ) -> None:
+        """Begins where the calibration, begun at `start`, has ended. device: the model's, or that
+        of its blocks when they are in memory.
+        """
+        self.layers: list[LayerPruned] = []
+        self._made, self._sizes, self._solver = made, sizes, solver
+        self._before = parameters(model)
+        self._device = device or next(model.parameters()).device
+        self._start, self._began, self._advance = start, self._now(), 0.0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def prune(self, index: int, block: nn.Module) -> None:
+        """Prune block `index`, its heads and then its neurons, and go on to the next."""
+        wanted = self._sizes.layers(block, index)
+        for names in ([ATTENTION], [name for name in wanted if name != ATTENTION]):
+            groups = {name: wanted[name] for name in names if name in wanted}
+            if groups:
+                self._prune_layers(index, block, groups)
+        start = self._now()
+        self._made.advance(index)
+        self._advance += self._now() - start
+
+    def report(self, model: PreTrainedModel, settings: dict[str, Any]) -> PruneReport:
+        """What became of the model, now `model`."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        on_device = self._device.type == "cuda"
+        return PruneReport(
+            model=model,
+            layers=tuple(self.layers),
+            tokens=self._made.manifest["tokens"],
+            parameters_before=self._before,
+            parameters_after=parameters(model),
+            calibration_seconds=self._began - self._start,
+            advance_seconds=self._advance,
+            seconds=self._now() - self._start,
+            peak_mib=peak / (2**20 if sys.platform == "darwin" else 2**10),  # bytes there, else KiB
+            device_peak_mib=(
+                torch.cuda.max_memory_allocated(self._device) / 2**20 if on_device else None
+            ),
+            settings=settings,
+            calibration=dict(self._made.manifest),
+        )
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _prune_layers(self, index: int, block: nn.Module, groups: Mapping[str, Groups]) -> None:
+        start = self._now()
+        sizes = {name: one.group_size for name, one in groups.items()}
+        grams = self._made.grams(index, groups, sizes)
+        seconds = (self._now() - start) / len(groups)
+        results, layers = {}, []
+        for name, one in groups.items():
+            full, weight = layer_name(index, name), layer_weight(block, name)
+            results[name], layer = self._solver(full, grams.pop(name), weight, one, seconds)
+            layers.append(layer)
+        remove(block, results, self._sizes.heads, index)
+        self.layers += layers
+
+
+def check_finite(module: nn.Module, prefix: str = "") -> None:
+    """InputError that names the first weight in memory with a value that is not finite."""
+    for name, weight in module.named_parameters():
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise InputError(f"prune_model: {prefix}{name} holds values that are not finite")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +27,8 @@ from slmperf.data import (
     TrainingSequence,
 )
 from slmperf.evaluate import Run, floor_runs
+from slmperf.models.files import sha256_of
+from slmperf.prune.command.texts import Vocabulary, read_sequences
 from slmperf.recipe.manifest import digest
 from slmperf.recipe.results import DataFacts
 from slmperf.recipe.schema import Data, Subset
@@ -48,6 +50,13 @@ class Labelled(NamedTuple):
     numbers: np.ndarray  # int (N,): the rows' numbers in the data, as in RankingPrompt.rows
 
 
+class Text(NamedTuple):
+    """A file to calibrate on that is not the run's data."""
+
+    sequences: list[np.ndarray]  # token ids (T,)
+    sha256: str  # of the file
+
+
 @dataclass(frozen=True, eq=False)
 class Material:
     """Tokenizer, training sequences and prompts of a run."""
@@ -58,7 +67,18 @@ class Material:
     prompts: list[RankingPrompt]  # of the scored members, task after task
     labelled: list[Labelled]  # one per task
     facts: DataFacts
-    sha256: str  # of everything that a stage can see
+    sha256: str  # of everything that a stage can see, but for the texts
+    texts: dict[str, Text] = field(default_factory=dict)  # by the recipe's word for the file
+
+    def with_texts(self, names: Iterable[str], base: Path) -> Material:
+        """The same with the texts of these files, seen from the folder `base`."""
+        context = self.builder.context
+        vocabulary = Vocabulary(self.tokenizer, len(self.tokenizer), context)
+        texts = {
+            name: Text(read_sequences(base / name, vocabulary), sha256_of(base / name))
+            for name in dict.fromkeys(names)
+        }
+        return replace(self, texts=texts)
 
     def sequences(self, subset: Subset) -> list[TrainingSequence]:
         """Training sequences of a subset, task after task."""

@@ -57,6 +57,8 @@ TITLES = {
     "one_shot": "One-shot MLP pruning at three sizes, no training (the paper's Table 2)",
     "gradual": "MLP pruning in one step against two",
     "attention": "Attention pruning, before and after distillation",
+    "calibration": "One-shot MLP pruning calibrated in the domain and on generic text (the paper: "
+    "350 to 700 examples of the domain beat 1024 to 4096 of C4)",
 }
 
 

@@ -9,10 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from slmperf.check import InputError
-from slmperf.recipe.schema import BaseStage, PruneAttention, PruneMlp, QuantiseStage, Shape
+from slmperf.prune.heads import plan_heads
+from slmperf.recipe.schema import (
+    BaseStage,
+    PruneAttention,
+    PruneGradualStage,
+    PruneMlp,
+    QuantiseStage,
+    Shape,
+)
 
 RESERVED = ("tokenizer", "floors")  # other folders in the output folder
 
@@ -139,29 +148,54 @@ def _shape(stage: BaseStage, source: Job | None, where: str) -> Shape:
         assert shape is not None  # the schema: a stage without `from` has a shape
         return shape
     before, name = source.shape, source.stage.name
-    cuts = isinstance(stage, (PruneMlp, PruneAttention, QuantiseStage))
+    cuts = isinstance(stage, (PruneMlp, PruneAttention, PruneGradualStage, QuantiseStage))
     if cuts and before.experts is not None:
         raise InputError(
             f"{where}.from: {name} is a mixture of experts, expected a dense model to {stage.stage}"
         )
-    if isinstance(stage, PruneMlp):
-        if stage.intermediate >= before.intermediate:
+    if isinstance(stage, PruneMlp | PruneGradualStage):
+        sizes = stage.intermediate if isinstance(stage, PruneGradualStage) else [stage.intermediate]
+        if sizes[0] >= before.intermediate:
             raise InputError(
                 f"{where}.intermediate: expected less than the {before.intermediate} neurons "
-                f"that {name} has, found {stage.intermediate}"
+                f"that {name} has, found {sizes[0]}"
             )
-        return before.model_copy(update={"intermediate": stage.intermediate})
+        return before.model_copy(update={"intermediate": sizes[-1]})
     if isinstance(stage, PruneAttention):
-        if stage.kv_heads >= before.kv_heads:
-            raise InputError(
-                f"{where}.kv_heads: expected less than the {before.kv_heads} KV heads "
-                f"that {name} has, found {stage.kv_heads}"
-            )
-        size = before.head_size or before.hidden // before.heads
-        heads = before.heads // before.kv_heads * stage.kv_heads
-        change = {"kv_heads": stage.kv_heads, "heads": heads, "head_size": size}
-        return before.model_copy(update=change)
+        return _fewer_heads(stage, before, name, where)
     return before
+
+
+def _fewer_heads(stage: PruneAttention, before: Shape, name: str, where: str) -> Shape:
+    for key, wanted, have in (
+        ("kv_heads", stage.kv_heads, before.kv_heads),
+        ("heads", stage.heads, before.heads),
+    ):
+        stays = key == "kv_heads" and stage.head_mode == "uniform"
+        if wanted is not None and wanted >= have and not stays:
+            what = "KV heads" if key == "kv_heads" else "query heads"
+            raise InputError(
+                f"{where}.{key}: expected less than the {have} {what} that {name} has, "
+                f"found {wanted}"
+            )
+    size = before.head_size or before.hidden // before.heads
+    config: Any = SimpleNamespace(
+        num_hidden_layers=1,
+        num_attention_heads=before.heads,
+        num_key_value_heads=before.kv_heads,
+        head_dim=size,
+    )
+    try:
+        plan = plan_heads(
+            config,
+            attention_heads=stage.heads,
+            key_value_heads=stage.kv_heads,
+            heads=stage.head_mode,
+        )
+    except InputError as error:
+        raise InputError(f"{where}.{error}") from None
+    [heads], [kv_heads] = plan.attention_heads, plan.key_value_heads
+    return before.model_copy(update={"heads": heads, "kv_heads": kv_heads, "head_size": size})
 
 
 def _check_folders(jobs: list[Job]) -> None:

@@ -43,6 +43,8 @@ COMPARISONS = {
     "one_shot": ("baseline", "cut_1", "cut_2", "cut_3"),  # Table 2: smallest cut first, no training
     "gradual": ("baseline", "one_step", "gradual"),  # the same size in one step and in two
     "attention": ("baseline", "one_shot", "kd"),  # half of the heads, before and after KD
+    # One cut, calibrated on few and more training sequences and on few and more of generic text.
+    "calibration": ("baseline", "in_domain", "in_domain_more", "generic", "generic_more"),
 }
 
 

@@ -54,6 +54,8 @@ def run(recipe: Recipe | str | Path, out: str | Path, *, data: str | Path | None
     voice.say(_opening(source, len(rows)))
     with blame(blamed):
         material = materials.prepare(recipe.data, rows, source.name if source else "")
+        texts = [getattr(job.stage, "calibration_text", None) for job in jobs]
+        material = material.with_texts(filter(None, texts), base)
         check_training(jobs, material)
         timing.check(recipe.timing, material)
     out = Path(out)
@@ -69,6 +71,7 @@ def run(recipe: Recipe | str | Path, out: str | Path, *, data: str | Path | None
             material.sha256,
             known,
             lambda job, *where: make(job, material, *where),
+            texts={name: text.sha256 for name, text in material.texts.items()},
         )
         running = _Run(recipe, jobs, material, work)
         return running.finish(None if begun_before else started, command)

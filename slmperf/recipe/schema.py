@@ -18,6 +18,7 @@ refused. What a stage needs from another one (does it exist, has it so many head
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -215,34 +216,63 @@ class SftStage(FromShapeOrStage, _Learning):
 
 class _Pruning(BaseStage):
     from_: Name = Field(alias="from")
+    method: Literal[
+        "osscar", "osscar+swaps", "norm", "norm+refit", "magnitude", "magnitude+refit"
+    ] = "osscar"
+    mode: Literal["sequential", "one_pass", "dense_target"] = "sequential"
     damping: Annotated[float, Field(gt=0)] = 0.01  # of the mean of the Gram matrix's diagonal
-    calibration_rows: Count = 512  # training sequences the Gram matrices are taken from
+    calibration_rows: Count = 512  # sequences the Gram matrices are taken from
 
 
 class PruneMlp(_Pruning):
-    """OSSCAR on the MLP's neurons, down to `intermediate`."""
+    """Neurons of the MLP leave, down to `intermediate`."""
 
     stage: Literal["prune_mlp"]
     intermediate: Count
 
 
 class PruneAttention(_Pruning):
-    """OSSCAR on whole groups of attention heads, down to `kv_heads`."""
+    """Attention heads leave: whole groups, down to `kv_heads` (or `heads` query heads), or in
+    `head_mode` uniform query heads of every group, down to `heads`.
+    """
 
     stage: Literal["prune_attention"]
-    kv_heads: Count
+    kv_heads: Count | None = None
+    heads: Count | None = None
+    head_mode: Literal["kv_group", "uniform"] = "kv_group"
+
+    @model_validator(mode="after")
+    def _sized(self) -> PruneAttention:
+        if self.kv_heads is None and self.heads is None:
+            raise ValueError("expected kv_heads or heads, found neither")
+        return self
 
 
-class PruneMlpStage(PruneMlp):
-    """The calibration rows are those of a subset."""
+class _Calibrated(_Pruning):
+    subset: Subset = Subset()  # calibrate on its training sequences
+    calibration_text: str | None = None  # or on this file's text, seen from the recipe's folder
 
-    subset: Subset = Subset()
+
+class PruneMlpStage(PruneMlp, _Calibrated):
+    """The same where there are members and text of other kinds to calibrate on."""
 
 
-class PruneAttentionStage(PruneAttention):
-    """The calibration rows are those of a subset."""
+class PruneAttentionStage(PruneAttention, _Calibrated):
+    """The same where there are members and text of other kinds to calibrate on."""
 
-    subset: Subset = Subset()
+
+class PruneGradualStage(_Calibrated):
+    """Neurons leave in several steps, each healed by distillation from the unpruned model."""
+
+    stage: Literal["prune_gradual"]
+    intermediate: Annotated[list[Count], Field(min_length=1)]  # after each step
+    training: Training  # of each step
+
+    @model_validator(mode="after")
+    def _falling(self) -> PruneGradualStage:
+        if any(a <= b for a, b in itertools.pairwise(self.intermediate)):
+            raise ValueError(f"intermediate is {self.intermediate}, expected falling numbers")
+        return self
 
 
 class QuantiseStage(BaseStage):
@@ -254,7 +284,13 @@ class QuantiseStage(BaseStage):
 
 
 Stage = Annotated[
-    TeacherStage | DistilStage | SftStage | PruneMlpStage | PruneAttentionStage | QuantiseStage,
+    TeacherStage
+    | DistilStage
+    | SftStage
+    | PruneMlpStage
+    | PruneAttentionStage
+    | PruneGradualStage
+    | QuantiseStage,
     Field(discriminator="stage"),
 ]
 

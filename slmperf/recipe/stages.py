@@ -5,6 +5,7 @@ Nothing is written here but the checkpoints of a training (slmperf.distill), int
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,13 +16,17 @@ import torch
 from slmperf import models
 from slmperf.check import InputError
 from slmperf.distill import DistillationConfig, train
-from slmperf.prune import prune_model
+from slmperf.models.files import write_atomically
+from slmperf.prune.gradual import GradualSchedule, Step
+from slmperf.prune.model import prune_model
+from slmperf.prune.results import PruneReport
 from slmperf.quant import Int8, quantize_model
 from slmperf.recipe.material import DRAW, Material
 from slmperf.recipe.plan import Job
 from slmperf.recipe.schema import (
     PruneAttention,
     PruneAttentionStage,
+    PruneGradualStage,
     PruneMlp,
     PruneMlpStage,
     QuantiseStage,
@@ -54,8 +59,11 @@ def make(
     """Run one job. finished: the keys of job.parents -> folder of their checkpoint."""
     stage = job.stage
     if isinstance(stage, PruneMlpStage | PruneAttentionStage):
-        sequences = material.sequences(stage.subset)
-        return prune(stage, models.load(finished["from"]), sequences, progress)
+        return prune(
+            stage, models.load(finished["from"]), _calibrated_on(stage, material), progress
+        )
+    if isinstance(stage, PruneGradualStage):
+        return prune_gradual(job, material, models.load(finished["from"]), folder)
     if isinstance(stage, QuantiseStage):
         model = models.load(finished["from"])
         quantize_model(model, Int8())
@@ -72,16 +80,22 @@ def make(
         config=training_config(stage.training, context, job.seed, folder, run_name=job.folder),
         precision=stage.training.precision or "auto",
     )
-    pieces = np.array_split(result.losses, min(CURVE, len(result.losses)))
-    training = {
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "seconds": round(result.seconds, 3),
-        "tokens_per_second": round(result.tokens_per_second, 1),
-        "precision": result.precision,
+    return Made(model, training=_told([result._asdict()]))
+
+
+def _told(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of one training, or of several one after the other."""
+    losses = np.concatenate([np.asarray(one["losses"]) for one in trainings])
+    tokens, seconds = (sum(one[key] for one in trainings) for key in ("tokens", "seconds"))
+    pieces = np.array_split(losses, min(CURVE, len(losses)))
+    return {
+        "steps": sum(one["steps"] for one in trainings),
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "precision": trainings[-1]["precision"],
         "loss_curve": [round(float(piece.mean()), 6) for piece in pieces],
     }
-    return Made(model, training=training)
 
 
 def model_config(shape: Shape, vocabulary: int, context: int) -> PreTrainedConfig:
@@ -168,16 +182,67 @@ def training_config(
 def prune(
     stage: PruneMlp | PruneAttention,
     model: PreTrainedModel,
-    sequences: Sequence[Any],
+    sequences: Sequence[np.ndarray],
     progress: Callable[[int, int], None],
 ) -> Made:
-    """Prune the model as the stage says, calibrated on `sequences` (input_ids each)."""
+    """Prune the model as the stage says, calibrated on `sequences` (T,) of token ids."""
     batches = list(calibration(sequences, stage.calibration_rows))
+    sizes: dict[str, Any]
     if isinstance(stage, PruneMlp):
-        sizes = {"mlp": stage.intermediate}
+        sizes = {"intermediate_size": stage.intermediate}
     else:
-        sizes = {"kv_heads": stage.kv_heads}
-    report = prune_model(model, batches, **sizes, damping=stage.damping, progress=progress)
+        sizes = {
+            "attention_heads": stage.heads,
+            "key_value_heads": stage.kv_heads,
+            "heads": stage.head_mode,
+        }
+    report = prune_model(model, batches, **sizes, **_pruning_settings(stage), progress=progress)
+    assert report.model is not None  # it was just pruned
+    return Made(report.model, pruning=_pruned([report]))
+
+
+def prune_gradual(job: Job, material: Material, model: PreTrainedModel, folder: Path) -> Made:
+    """Prune in steps; after each the unpruned model teaches what is left."""
+    stage, context = job.stage, material.builder.context
+    sequences = material.sequences(stage.subset)
+
+    def recover(student: PreTrainedModel, teacher: PreTrainedModel, step: Step) -> None:
+        name = f"{job.folder}-{step.number}"
+        config = training_config(stage.training, context, job.seed, step.folder, run_name=name)
+        precision = stage.training.precision or "auto"
+        result = train(student, sequences, teacher=teacher, config=config, precision=precision)
+        told = {**result._asdict(), "losses": result.losses.tolist()}
+        # Beside the schedule, for a run that goes on after this step.
+        write_atomically(folder / f"training-{step.number}.json", json.dumps(told))
+
+    schedule = GradualSchedule(
+        sizes=[{"intermediate_size": size} for size in stage.intermediate],
+        recover=recover,
+        folder=folder / "gradual",
+        settings=_pruning_settings(stage),
+        seed=job.seed,
+    )
+    batches = list(calibration(_calibrated_on(stage, material), stage.calibration_rows))
+    reports = schedule.run(model, batches)
+    steps = range(1, len(reports) + 1)
+    trainings = [json.loads((folder / f"training-{step}.json").read_text()) for step in steps]
+    assert reports[-1].model is not None  # of the last step there is one
+    return Made(reports[-1].model, training=_told(trainings), pruning=_pruned(reports))
+
+
+def _pruning_settings(stage: Any) -> dict[str, Any]:
+    return {"method": stage.method, "mode": stage.mode, "damping": stage.damping}
+
+
+def _calibrated_on(stage: Any, material: Material) -> list[np.ndarray]:
+    """Token ids of what a stage of pruning is calibrated on."""
+    if stage.calibration_text is not None:
+        return material.texts[stage.calibration_text].sequences
+    return [one.input_ids for one in material.sequences(stage.subset)]
+
+
+def _pruned(reports: Sequence[PruneReport]) -> dict[str, Any]:
+    """What a manifest says of a pruning in one step or several."""
     layers = [
         {
             "name": layer.name,
@@ -185,15 +250,17 @@ def prune(
             "kept": len(layer.kept),
             "relative_error": layer.relative_error,
         }
+        for report in reports
         for layer in report.layers
     ]
-    return Made(model, pruning={"tokens": report.tokens, "layers": layers})
+    seconds = round(sum(report.seconds for report in reports), 3)
+    return {"tokens": reports[0].tokens, "seconds": seconds, "layers": layers}
 
 
-def calibration(sequences: Sequence[Any], count: int) -> Iterator[dict[str, torch.Tensor]]:
+def calibration(sequences: Sequence[np.ndarray], count: int) -> Iterator[dict[str, torch.Tensor]]:
     """At most `count` sequences, drawn once, in padded batches of similar lengths."""
     drawn = np.random.default_rng(DRAW).permutation(len(sequences))[:count]
-    chosen = sorted((sequences[i].input_ids for i in drawn.tolist()), key=len)
+    chosen = sorted((sequences[i] for i in drawn.tolist()), key=len)
     for start in range(0, len(chosen), CALIBRATION_BATCH):
         batch = chosen[start : start + CALIBRATION_BATCH]
         ids = np.zeros((len(batch), len(batch[-1])), np.int64)

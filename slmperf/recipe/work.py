@@ -68,6 +68,7 @@ class Work:
     data_sha256: str
     known: Mapping[str, Manifest | None]
     make: Make
+    texts: Mapping[str, str] = field(default_factory=dict)  # other files read -> SHA-256
     done: dict[str, Manifest] = field(default_factory=dict)
 
     def finish(self, job: Job, title: str) -> Manifest:
@@ -88,7 +89,9 @@ class Work:
     def _inputs(self, job: Job) -> dict[str, str]:
         settings = manifests.digest([settings_of(job), job.seed])
         parents = {key: self.done[other.folder].weights for key, other in job.parents.items()}
-        return {"settings": settings, "data": self.data_sha256, **parents}
+        name = getattr(job.stage, "calibration_text", None)
+        text = {} if name is None else {"calibration_text": self.texts[name]}
+        return {"settings": settings, "data": self.data_sha256, **text, **parents}
 
     def _make(self, job: Job, inputs: dict[str, str], title: str) -> Manifest:
         folder, training = self.out / job.folder, self._training(job)

@@ -48,9 +48,8 @@ def make(
     if isinstance(stage, CheckpointStage):
         return Made(models.load(base / stage.checkpoint))
     if isinstance(stage, PruneMlp | PruneAttention):
-        return recipe_stages.prune(
-            stage, models.load(finished["from"]), material.training, progress
-        )
+        sequences = [one.input_ids for one in material.training]
+        return recipe_stages.prune(stage, models.load(finished["from"]), sequences, progress)
     config = training_config(stage.training, material.context, job.seed, folder, job.folder)
     model = start(job, material, finished)
     result = train(

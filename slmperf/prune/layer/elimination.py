@@ -21,8 +21,8 @@ from torch import Tensor
 
 from slmperf.check import InputError
 from slmperf.ops.eliminate import eliminate
-from slmperf.prune.refit import Problem, Pruned
-from slmperf.prune.swaps import search
+from slmperf.prune.layer.refit import Problem, Pruned
+from slmperf.prune.layer.swaps import search
 
 _ROUND = 64  # pivots between two updates of the current rows
 # Rows become current in lots, so that the products are wide: up to so many of the cheapest, as soon

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from slmperf.ops.eliminate import removal_costs
-from slmperf.prune.refit import Problem
+from slmperf.prune.layer.refit import Problem
 
 _LEAST = 1e-9  # an exchange that lowers f by less than this share of it is rounding
 _PAIRS = 1 << 22  # values of pairs weighed at a time
