@@ -14,6 +14,7 @@ from slmperf.ops.routing import MISSING
 from slmperf.prune import osscar
 from slmperf.prune.layer.refit import Problem, keep_groups
 from slmperf.testing.recurrence import layer_problem, recurrence
+from slmperf.testing.timing import peak_mib
 
 KINDS = ("random", "glu", "correlated")
 needs_native = pytest.mark.skipif(bool(MISSING["native"]), reason=MISSING["native"])
@@ -170,6 +171,24 @@ def test_families_lose_as_many_each(swaps: int) -> None:
     assert damped_error(gram, weight, free.kept, 0.01, 2) <= found * (1 + 1e-9)
 
 
+def test_all_sizes_of_families_from_one_order() -> None:
+    family = torch.tensor([0, 0, 0, 1, 1, 1])
+    gram, weight = layer_problem("correlated", 5, 12, 6, 60)
+    gram[:2], gram[:, :2] = 0.0, 0.0  # a dead group goes first of its family
+    everything = osscar(gram, weight, group_size=2, families=family)
+    assert everything.error == 0.0 and int(everything.order[0]) == 0
+    assert sorted(everything.order.tolist()) == list(range(6))
+    for removed in (2, 4, 6):
+        assert family[everything.order[:removed]].bincount().tolist() == [removed // 2] * 2
+    assert bool((everything.curve.diff() >= 0).all()) and len(everything.curve) == 6
+
+
+def test_memory_stays_under_three_matrices() -> None:
+    gram, weight = layer_problem("glu", 1, 1024, 384, 1100)
+    found = peak_mib(lambda: osscar(gram, weight, keep=640), "cpu")
+    assert 2 * 8 <= found <= 3 * 8  # MiB; M and Q are 8 each
+
+
 def test_dead_groups_of_one_family_are_not_all_free() -> None:
     gram, weight = layer_problem("random", 6, 8, 3, 30)
     gram[:3], gram[:, :3] = 0.0, 0.0
@@ -177,6 +196,17 @@ def test_dead_groups_of_one_family_are_not_all_free() -> None:
     result = osscar(gram, weight, keep=4, families=family)
     assert family[result.kept].bincount().tolist() == [2, 2]
     assert set(result.order[:2].tolist()) <= {0, 1, 2} and 3 in result.kept.tolist()
+
+
+def test_scale_does_not_matter() -> None:
+    gram, weight = layer_problem("correlated", 12, 40, 6, 90)
+    plain = osscar(gram, weight, keep=20, swaps=5)
+    for tokens, outputs in ((1e9, 1.0), (1e-9, 1e3)):
+        scaled = osscar(gram * tokens, weight * outputs, keep=20, swaps=5)
+        assert torch.equal(scaled.kept, plain.kept) and torch.equal(scaled.order, plain.order)
+        torch.testing.assert_close(scaled.weight, plain.weight * outputs, rtol=1e-8, atol=1e-10)
+        assert scaled.error == pytest.approx(plain.error * tokens * outputs**2, rel=1e-8)
+        assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-8)
 
 
 def test_keep_groups_refits_what_others_chose() -> None:
@@ -286,6 +316,8 @@ def test_wrong_arguments_of_the_operator() -> None:
         eliminate(**state, start=0, steps=13, active=12)
     with pytest.raises(ValueError, match="order is"):
         eliminate(**(state | {"order": state["order"][:5]}), start=0, steps=1, active=12)
+    with pytest.raises(RuntimeError, match="family names more families than the 2 of quota"):
+        eliminate(**(state | {"family": state["family"] + 5}), start=0, steps=1, active=12)
     with pytest.raises(NotImplementedError, match="takes groups of 1 column"):
         eliminate(**state_of(12, 2), start=0, steps=1, active=6, impl="cpu")
     with pytest.raises(NotImplementedError, match="float32"):

@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -35,7 +35,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "eliminate";
-constexpr int64_t kChunk = 1024;               // columns of a task
+constexpr int64_t kChunk = 1024;              // columns of a task
 constexpr int64_t kWorthAThread = 64 * 1024;  // values of waiting rows that a thread reads
 
 struct Candidate {
@@ -99,6 +99,11 @@ Tensor eliminate(Tensor inverse, Tensor square, Tensor blocks_m, Tensor blocks_q
                   ": start ", start, ", steps ", steps, ", active ", active, " do not fit ", size,
                   " groups");
 
+  const auto* families = static_cast<const int64_t*>(family.const_data_ptr());
+  STD_TORCH_CHECK(std::all_of(families, families + size,
+                              [&](int64_t f) { return 0 <= f && f < quota.size(0); }),
+                  kOp, ": family names more families than the ", quota.size(0), " of quota");
+
   Tensor made = torch::stable::new_empty(inverse, {steps});
   double* costs = values<double>(made);
   std::fill(costs, costs + steps, std::numeric_limits<double>::infinity());
@@ -106,7 +111,6 @@ Tensor eliminate(Tensor inverse, Tensor square, Tensor blocks_m, Tensor blocks_q
   int64_t *group_of = values<int64_t>(order), *block_of = values<int64_t>(place);
   bool* living = values<bool>(alive);
   int64_t* left = values<int64_t>(quota);
-  const auto* families = static_cast<const int64_t*>(family.const_data_ptr());
   const State state{values<double>(blocks_m), values<double>(blocks_q), living, families, left};
 
   const auto pivot_columns = SLMPERF_PICK(pivot_columns);
@@ -135,10 +139,10 @@ Tensor eliminate(Tensor inverse, Tensor square, Tensor blocks_m, Tensor blocks_q
     const auto chunks = [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; chunk++) {
         const int64_t from = chunk * kChunk, to = std::min(size, from + kChunk);
-        pivot_columns({m + start * size, q + start * size, ahead_l.data(), ahead_u.data(), step,
-                       size},
-                      m + block * size, q + block * size, m + pivot * size, q + pivot * size,
-                      scale, half, state.m, state.q, from, to);
+        pivot_columns(
+            {m + start * size, q + start * size, ahead_l.data(), ahead_u.data(), step, size},
+            m + block * size, q + block * size, m + pivot * size, q + pivot * size, scale, half,
+            state.m, state.q, from, to);
         best[chunk] = state.cheapest(from, to);
       }
     };

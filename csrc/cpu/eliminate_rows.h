@@ -31,8 +31,8 @@ inline void pivot_columns(const Waiting& waiting, double* m, double* q, double* 
       }
     }
     for (; p < waiting.count; p++) {
-      const double *l0 = waiting.l + p * waiting.stride + from;
-      const double *u0 = waiting.u + p * waiting.stride + from;
+      const double* l0 = waiting.l + p * waiting.stride + from;
+      const double* u0 = waiting.u + p * waiting.stride + from;
       const double a = waiting.ahead_l[p], b = waiting.ahead_u[p];
       for (int64_t i = 0; i < count; i++) {
         sum_m[i] -= a * l0[i];

@@ -19,6 +19,7 @@ from torch import Tensor
 from slmperf.models.shapes import Shape
 from slmperf.prune.layer.elimination import osscar
 from slmperf.prune.model import prune_model
+from slmperf.testing.recurrence import layer_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,10 +73,8 @@ def measure(what: Pruning, mode: str, device: str) -> Iterator[dict[str, Any]]:
 
 def same_on_both(inputs: int, outputs: int, keep: int, device: str) -> dict[str, Any]:
     """One layer solved on the CPU and on `device`: a row with how far the answers are apart."""
-    make = torch.Generator().manual_seed(0)
-    mix = torch.randn(inputs, inputs, generator=make) / inputs**0.5
-    x = torch.randn(2 * inputs, inputs, generator=make) @ (mix + torch.eye(inputs))
-    gram, weight = x.T @ x, torch.randn(outputs, inputs, generator=make)
+    problem = layer_problem("correlated", 0, inputs, outputs, 2 * inputs)
+    gram, weight = (given.float() for given in problem)
     there, here = gram.to(device), weight.to(device)
     osscar(there, here, keep=keep)
     start = _now(device)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from slmperf.check import InputError, check_shapes
-from slmperf.ops.kd_loss.products import has_bf16_units, weight_gradient
+from slmperf.ops.half_products import has_bf16_units, weight_gradient
 from slmperf.ops.routing import HALF_AND_FLOAT, Implementation, routes
 
 STRIPE = 256

@@ -28,8 +28,8 @@ class LayerPruned:
     groups: int  # before
     group_size: int  # inputs in a group
     kept: tuple[int, ...]  # ascending
-    order: tuple[int, ...]  # the groups removed, first to last
-    energy: float  # 1/2 tr(W H W') of the layer before
+    order: tuple[int, ...]  # the groups removed, first to last, before any swaps
+    energy: float  # 1/2 tr(W H W') of the layer before; in mode dense_target of its refit
     error: float  # 1/2 tr((W - V) H (W - V)'), H without damping
     relative_error: float  # error / energy; 0 where nothing flows
     curve: tuple[float, ...]  # relative error after each removal, damping included

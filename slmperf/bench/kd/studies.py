@@ -8,7 +8,7 @@ import torch
 
 from slmperf.bench.kd.problems import DTYPES, Problem
 from slmperf.check import InputError, parse_tokens
-from slmperf.ops.kd_loss.products import has_bf16_units
+from slmperf.ops.half_products import has_bf16_units
 
 # Sizes if none are asked for: (tokens, vocabulary, student, teacher).
 SIZES = {

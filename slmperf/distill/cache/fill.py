@@ -16,7 +16,7 @@ from slmperf.distill.cache.files import MANIFEST, CachedHead, CachedTopK, hash_o
 from slmperf.distill.cache.writer import TeacherCacheWriter
 from slmperf.distill.heads import teacher_head
 from slmperf.ops import TeacherHead, TeacherTopK
-from slmperf.ops.kd_loss.products import project
+from slmperf.ops.half_products import project
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,7 +5,6 @@ loss.py      formula, reference, schema, autograd, the public function
 inputs.py    what a caller may get wrong; sharded heads made whole
 chunks.py    the loop over chunks of rows, which all implementations share
 rows.py      which rows count; statistics over the ranks of a sharded vocabulary
-products.py  the matrix products
 top_k.py     what a chunk does under a top-k teacher
 """
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from slmperf.check import InputError
-from slmperf.ops.kd_loss.loss import GRADIENTS, Call
-from slmperf.ops.kd_loss.products import (
+from slmperf.ops.half_products import (
     has_bf16_units,
     hidden_gradient,
     project,
     weight_gradient,
 )
+from slmperf.ops.kd_loss.loss import GRADIENTS, Call
 from slmperf.ops.kd_loss.rows import Rows, Shards, statistics_of
 from slmperf.ops.kd_loss.top_k import TopK
 

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from slmperf.check import InputError
+from slmperf.models.structure import group_columns
 from slmperf.ops.eliminate import eliminate
 from slmperf.prune.layer.refit import Problem, Pruned
 from slmperf.prune.layer.swaps import search
 
-_ROUND = 64  # pivots between two updates of the current rows
+_ROUND = 32  # pivots between two updates of the current rows
 # Rows become current in lots, so that the products are wide: up to so many of the cheapest, as soon
 # as a pivot was not among them or fewer than the other number are left.
-_CURRENT, _FEWEST = 384, 128
+_CURRENT, _FEWEST = 384, 64
 
 
 @torch.no_grad()
@@ -55,8 +56,9 @@ def osscar(
     swaps: at most so many exchanges of a kept group for a removed one afterwards, each the best of
         all pairs, as long as f falls (swaps.py). `order` and `curve` remain those of the
         elimination.
-    families: (m,) the family of each group; then the same number stays in each: `keep` over the
-        number of families. For query heads, the KV head that they read.
+    families: (m,) int64, the family of each group; then the same number stays in each: `keep` over
+        the number of families; without `keep` one of every family goes before the next one does.
+        For query heads, the KV head that they read.
 
     A smaller `keep` continues the same order: removals are nested. Groups whose inputs are all zero
     in the calibration data go first and cost nothing, the smallest weights first; dead inputs that
@@ -71,12 +73,13 @@ def osscar(
         raise InputError(f"osscar: wanted keep in 1..{groups}, found {keep}")
     if not isinstance(swaps, Integral) or swaps < 0:
         raise InputError(f"osscar: wanted swaps >= 0, found {swaps}")
-    family, quota = _families(groups, keep, families, gram.device)
+    family, quota, rounds = _families(groups, keep, families, gram.device)
 
-    free = _within(problem.dead_groups(), family, quota, groups if keep is None else groups - keep)
+    free = problem.dead_groups()
+    free = free[:0] if rounds > 1 else _within(free, family, quota)
     inverse = problem.inverse()
     square, whole = problem.square()
-    order, costs = _eliminate(inverse, square, group_size, free, family, quota)
+    order, costs = _eliminate(inverse, square, group_size, free, family, quota, rounds)
     del square
     curve = torch.cat([costs.new_zeros(len(free)), costs.cumsum(0)])
 
@@ -87,7 +90,7 @@ def osscar(
     if keep is None or not len(costs):
         fitted = problem.refit(columns)
     else:
-        removed = _columns(order[len(free) :], group_size)
+        removed = group_columns(order[len(free) :], group_size)
         fitted = problem.refit_by(inverse[: len(removed)], removed, columns)
     del inverse
     if keep is not None and swaps:
@@ -100,51 +103,63 @@ def osscar(
 
 def _families(
     groups: int, keep: int | None, families: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(m,) family of each group, numbered from 0, and (f,) how many groups leave each."""
+) -> tuple[Tensor, Tensor, int]:
+    """(m,) family of each group, numbered from 0; (f,) how many leave each at a time; how often."""
     if families is None:
         leave = groups if keep is None else groups - keep
         family = torch.zeros(groups, dtype=torch.int64, device=device)
-        return family, torch.tensor([leave], device=device)
+        return family, torch.tensor([leave], device=device), 1
     families = torch.as_tensor(families)
     if families.shape != (groups,) or families.is_floating_point():
         raise InputError(
             f"osscar: families is {tuple(families.shape)} {families.dtype}, "
             f"wanted ({groups},) int64"
         )
-    if keep is None:
-        raise InputError("osscar: families is given, wanted keep beside it")
     family = families.to(device).unique(return_inverse=True)[1]
     sizes = family.bincount()
+    least, most = int(sizes.min()), int(sizes.max())
+    if keep is None:
+        if least != most:
+            raise InputError(
+                f"osscar: families have {least} to {most} groups, wanted as many in each, or keep"
+            )
+        return family, torch.ones_like(sizes), most
     each, rest = divmod(keep, len(sizes))
-    if rest or each > int(sizes.min()):
+    if rest or each > least:
         raise InputError(
             f"osscar: keep is {keep}, wanted a multiple of the {len(sizes)} families, "
-            f"at most {int(sizes.min())} from each"
+            f"at most {least} from each"
         )
-    return family, sizes - each
+    return family, sizes - each, 1
 
 
-def _within(groups: Tensor, family: Tensor, quota: Tensor, limit: int) -> Tensor:
+def _within(groups: Tensor, family: Tensor, quota: Tensor) -> Tensor:
     """The first of `groups` that their families can spare; `quota` is what they spare after it."""
     spared: list[int] = []
     for group in groups.tolist():
-        if len(spared) < limit and int(quota[family[group]]) > 0:
+        if int(quota[family[group]]) > 0:
             quota[family[group]] -= 1
             spared.append(group)
     return groups.new_tensor(spared)
 
 
 def _eliminate(
-    inverse: Tensor, square: Tensor, group_size: int, free: Tensor, family: Tensor, quota: Tensor
+    inverse: Tensor,
+    square: Tensor,
+    group_size: int,
+    free: Tensor,
+    family: Tensor,
+    quota: Tensor,
+    rounds: int,
 ) -> tuple[Tensor, Tensor]:
     """Remove the groups `free`, then the cheapest, one at a time: (order, costs of the latter).
 
     `inverse` is M (d, d), `square` Q (d, d), both used up; the groups `free` are zero in Q and not
-    coupled in M. `quota` (f,) says how many go from each family.
+    coupled in M. `quota` (f,) says how many go from each family, `rounds` times over.
     """
     groups, device = inverse.shape[0] // group_size, inverse.device
-    count = int(quota.sum())
+    each = int(quota.sum())
+    count = rounds * each
     # Single columns on a CPU; elsewhere launches cost more than the products that waiting saves.
     lazy = group_size == 1 and device.type == "cpu"
     state = {
@@ -160,7 +175,9 @@ def _eliminate(
     made, active, missed = 0, 0 if lazy else groups, False
     costs: list[Tensor] = []
     while made < count:
-        steps = min(_ROUND, count - made)
+        if made and made % each == 0:
+            state["quota"].copy_(quota)
+        steps = min(_ROUND, each - made % each)
         if lazy and (missed or active - made < min(_FEWEST, count - made)):
             wanted = min(_CURRENT, 2 * (count - made))
             active = _activate(inverse, square, state, made, active, wanted)
@@ -208,10 +225,7 @@ def _activate(
     order[to], place[stay] = stay, to
     order[active:end] = new
     place[new] = torch.arange(active, end)
-    done_l, done_u = inverse[:made], square[:made]
-    ahead_l, ahead_u = done_l[:, new].T, done_u[:, new].T
-    inverse[active:end].addmm_(ahead_l, done_l, alpha=-1)
-    square[active:end].addmm_(ahead_u, done_l, alpha=-1).addmm_(ahead_l, done_u, alpha=-1)
+    _bring_up(inverse, square, slice(0, made), slice(active, end), new)
     return end
 
 
@@ -227,16 +241,16 @@ def _update(
     """Bring the current rows that are left up to date with the pivots start..made."""
     done = slice(start * group_size, made * group_size)
     left = slice(made * group_size, active * group_size)
-    columns = _columns(order[made:active], group_size)
+    columns = group_columns(order[made:active], group_size)
+    _bring_up(inverse, square, done, left, columns)
+
+
+def _bring_up(inverse: Tensor, square: Tensor, done: slice, rows: slice, columns: Tensor) -> None:
+    """Update the rows of M and Q that belong to `columns` with the L and U in the rows `done`."""
     done_l, done_u = inverse[done], square[done]
     ahead_l, ahead_u = done_l[:, columns].T, done_u[:, columns].T
-    inverse[left].addmm_(ahead_l, done_l, alpha=-1)
-    square[left].addmm_(ahead_u, done_l, alpha=-1).addmm_(ahead_l, done_u, alpha=-1)
-
-
-def _columns(groups: Tensor, size: int) -> Tensor:
-    """The columns of groups, in their order: (k,) -> (k * size,)."""
-    return (groups[:, None] * size + torch.arange(size, device=groups.device)).reshape(-1)
+    inverse[rows].addmm_(ahead_l, done_l, alpha=-1)
+    square[rows].addmm_(ahead_u, done_l, alpha=-1).addmm_(ahead_l, done_u, alpha=-1)
 
 
 def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:

@@ -40,8 +40,9 @@ class Pruned(NamedTuple):
     kept: Tensor  # (keep,) int64, ascending
     weight: Tensor  # (N, keep * group_size), in the dtype of the weight given
     error: float  # 1/2 tr((W - V) H (W - V)') of the weight returned, H without damping
-    relative_error: float  # error / (1/2 tr(W H W')); 0 for a layer without output
-    order: Tensor  # (removed,) int64: the groups in the order of their removal; empty if not known
+    relative_error: float  # error / (1/2 tr(W H W')), W refitted to a target; 0 without output
+    # (removed,) int64: the groups in the order of their removal, before any swaps; empty if unknown
+    order: Tensor
     curve: Tensor  # (removed,) fp64: f at its optimum after each removal, never falling
 
 
@@ -162,7 +163,7 @@ class Problem:
         weight = weight.to(self.dtype)
         columns = mask.repeat_interleave(self.size)
         difference = self.optimum.clone()
-        difference[:, columns] -= weight.double()
+        difference[:, columns] -= weight
         error = self.energy(difference)
         relative = error / whole if whole > 0 else 0.0
         kept = mask.nonzero().reshape(-1).cpu()
@@ -178,8 +179,9 @@ class Problem:
 
     def _energy_of(self, begin: int, end: int, part: Tensor) -> float:
         rows = self.gram[begin:end, :end].to(torch.float64)
-        beside = torch.sum(rows[:, :begin] * part[:, :begin])  # both halves: not halved
-        return float(beside + torch.sum(rows[:, begin:] * part[:, begin:]) / 2)
+        # Row by row without a product in memory. What stands beside the block counts twice.
+        twice = torch.linalg.vecdot(rows, part).sum()
+        return float(twice - torch.linalg.vecdot(rows[:, begin:], part[:, begin:]).sum() / 2)
 
     def _solve(self, right: Tensor, columns: Tensor) -> Tensor:
         """right (H_KK + mu I)^-1 for the columns K of a mask, by Cholesky: (N, k) -> (N, k)."""
@@ -355,7 +357,7 @@ def _check(
     largest = float(gram.diagonal().abs().max())
     for begin, end in _strips(inputs, 64):
         # A difference of values that are not finite is NaN.
-        apart = float((gram[begin:end, :end] - gram[:end, begin:end].T).abs().max())
+        apart = float((gram[begin:end, :end] - gram[:end, begin:end].T).abs_().max())
         if not math.isfinite(apart):
             raise InputError(f"{op}: gram holds values that are not finite")
         if apart > _ASYMMETRY * largest:

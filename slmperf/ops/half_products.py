@@ -1,4 +1,4 @@
-"""The matrix products of kd_loss: two heads forward, and the gradients of one of them.
+"""Matrix products of low precision with fp32 results, for kd_loss, gram and teachers' heads.
 
 torch's own wherever it has them: products of one dtype, and on CUDA bf16 x bf16 -> fp32. On a CPU
 bf16 x bf16 -> fp32 is C++ (csrc/cpu/half_products.cpp) where the processor multiplies bf16;
