@@ -17,7 +17,7 @@ from transformers import (
 from slmperf.check import InputError
 from slmperf.models import shrink
 from slmperf.plan import LatencyModel
-from slmperf.prune.budget import solve_budget
+from slmperf.prune.budget import check_target, solve_budget
 from slmperf.prune.heads import layer_sizes, legal_heads, plan_heads
 from slmperf.prune.targets import parse_target
 
@@ -256,6 +256,29 @@ def test_allocation_never_exceeds_bytes_or_milliseconds(seed):
         assert found.milliseconds >= target - (most - least) / 10
 
 
+def test_targets_are_checked_before_there_are_curves():
+    """Refused is what no sizes meet; what only layers of their own meet is not."""
+    model = shrink(llama(), mlp=[range(48), range(24)])
+    settings = {"prune": ("mlp",), "granularity": 8, "heads": "kv_group", "gpu": "h100",
+                "context": 16384, "tensor_parallel": 1}  # fmt: skip
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    check_target(model.config, parse_target(whole - 768), **settings)
+    with pytest.raises(InputError, match="mlp can shrink to"):
+        check_target(model.config, parse_target(whole - 9 * 768), **settings)
+
+
+def test_free_heads_are_counted_at_most():
+    """Which key/value heads nobody reads is known only when the query heads are chosen."""
+    model = llama()
+    limit = sum(parameter.numel() for parameter in model.parameters()) - 10 * 256
+    found = solve_budget(model.config, limit, prune=("attention",), heads="free")
+    assert found.attention_heads < 8 and found.key_value_heads == 4
+    assert f"fewer than {found.parameters:,} parameters may stay" in found.notes[-1]
+    kept = [list(range(found.attention_heads))] * 2  # of the first heads alone: others go unread
+    unread = shrink(model, query_heads=kept)
+    assert sum(parameter.numel() for parameter in unread.parameters()) <= found.parameters
+
+
 # ---- models whose layers differ already
 
 
@@ -283,6 +306,9 @@ def test_layers_with_a_head_map_only_lose_neurons():
     curves = {f"model.layers.{i}.self_attn.o_proj": [0.01] * 8 for i in range(2)}
     found = solve_budget(model.config, "112 bytes", prune=("attention",), curves=curves)
     assert found.key_value_heads == [4, 3]  # 16 bytes each: 4 values of key and of value
+    target = sum(parameter.numel() for parameter in model.parameters()) - 768
+    found = solve_budget(model.config, target, prune=("attention",), curves=curves)
+    assert found.attention_heads == 6  # and the first layer's one choice is no division by 0
 
 
 # ---- what is refused
@@ -304,6 +330,7 @@ def test_layers_with_a_head_map_only_lose_neurons():
         ("2.4B", {"granularity": 0}, "found 0"),
         ("2.4B", {"granularity": 8192}, "8192 leaves no smaller number of neurons than 8192"),
         ("2.4B", {"heads": "half"}, "found 'half'"),
+        ("100 ms", {"tensor_parallel": 0}, "tensor_parallel: wanted a number >= 1, found 0"),
         ("2.4B", {"curves": {}}, "model.layers.0.mlp.down_proj"),
         ("2.4B", {"curves": {"model.layers.0.mlp.down_proj": [0.1]}}, "after 512 removals"),
     ],

@@ -33,7 +33,7 @@ from slmperf.calibrate import (
     check_tokenizer,
     fingerprint,
     pruned_layers,
-    vocabulary_hash,
+    text_hash,
 )
 from slmperf.calibrate.watch import expert_inputs
 from slmperf.check import InputError
@@ -365,6 +365,7 @@ def test_ids_of_another_vocabulary_are_refused_before_anything_runs(wrong: int) 
 def test_tokenizers_of_other_models_are_told() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.normalizers import Lowercase
     from transformers import PreTrainedTokenizerFast
 
     def tokenizer(*words: str) -> PreTrainedTokenizerFast:
@@ -373,13 +374,18 @@ def test_tokenizers_of_other_models_are_told() -> None:
 
     one, same, other = tokenizer("a", "b"), tokenizer("a", "b"), tokenizer("b", "a")
     check_tokenizer(one, same)
-    assert vocabulary_hash(one) == vocabulary_hash(same) != vocabulary_hash(other)
+    assert text_hash(one) == text_hash(same) != text_hash(other)
     with pytest.raises(InputError, match=r"found another \(2 tokens\): 'a' is 0 there and 1 here"):
         check_tokenizer(one, other)
     with pytest.raises(InputError, match=r"\(3 tokens\): 'c' is None there and 2 here"):
         check_tokenizer(one, tokenizer("a", "b", "c"))
+    same.pad_token = "b"  # as is often done for batches: ids of text stay
+    check_tokenizer(one, same)
+    same.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(InputError, match="another of the same 2 tokens, which splits text other"):
+        check_tokenizer(one, same)
     made = calibrate(llama(), batches_of(sequences())[:1], tokenizer=one)
-    assert made.manifest["tokenizer"] == vocabulary_hash(one)
+    assert made.manifest["tokenizer"] == text_hash(one)
 
 
 def test_calibrations_are_saved_loaded_and_merged(tmp_path: Path) -> None:
@@ -408,6 +414,24 @@ def test_calibrations_are_saved_loaded_and_merged(tmp_path: Path) -> None:
 
 
 # ---- BlockStream
+
+
+def test_a_blocks_own_forward_stays() -> None:
+    """Such as accelerate's hooks, which put one into the instance."""
+    model, data = llama(), batches_of(sequences())
+    block = model.model.layers[1]
+    calls: list[int] = []
+
+    def own(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return type(block).forward(block, *given, **named)
+
+    block.forward = own
+    stream = BlockStream(model, model.model.layers, data)
+    assert block.forward is own and "forward" not in vars(model.model.layers[0]) and not calls
+    stream.advance(0)
+    stream.advance(1)
+    assert len(calls) == len(data)
 
 
 @pytest.mark.parametrize("long", [False, True])

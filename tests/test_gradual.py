@@ -17,9 +17,11 @@ import torch
 from small_models import llama
 from torch import Tensor, nn
 
-from slmperf.calibrate import calibrate
+from slmperf.calibrate import calibrate, text_hash
 from slmperf.check import InputError
-from slmperf.models import load
+from slmperf.data.text import train_text_tokenizer
+from slmperf.models import load, save
+from slmperf.prune.checkpoint import prune_checkpoint
 from slmperf.prune.gradual import GradualSchedule, Step
 from slmperf.prune.model import prune_model
 
@@ -84,6 +86,24 @@ def test_steps_shrink_recover_and_leave_checkpoints(tmp_path: Path) -> None:
     seen.clear()
     again = GradualSchedule(STEPS, watched, tmp_path / "run", {"damping": 0.02})
     assert same(again.run(teacher, batches())[-1].model, final) and not seen
+
+
+def test_reports_say_whose_tokenizer_it_was(tmp_path: Path) -> None:
+    tokenizer = train_text_tokenizer(["some words of a text"], 300)
+    schedule = GradualSchedule([{"intermediate_size": 32}], folder=tmp_path / "run")
+    [report] = schedule.run(llama(), batches(), tokenizer=tokenizer)
+    assert report.calibration["tokenizer"] == text_hash(tokenizer)
+
+
+def test_one_of_several_workers_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """Each would write the same folder."""
+    monkeypatch.setattr("slmperf.calibrate.workers.workers", lambda: 2)
+    save(llama(), None, tmp_path / "dense")
+    with pytest.raises(InputError, match="GradualSchedule: wanted one process, found 2 workers"):
+        GradualSchedule(STEPS, folder=tmp_path / "run").run(llama(), batches())
+    with pytest.raises(InputError, match="prune_checkpoint: wanted one process, found 2 workers"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "small", batches(), intermediate_size=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_one_step_without_recovery_is_prune_model(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """slmperf prune: sizes, targets, comparisons, what it refuses; and the real weights."""
 
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from slmperf.data import PromptBuilder, Task, prompt_texts, read_prompts, train_
 from slmperf.data.text import train_text_tokenizer
 from slmperf.models.quantized import QuantizedLinear
 from slmperf.prune.budget import solve_budget
-from slmperf.prune.command.texts import Vocabulary, read_calibration, read_measure
+from slmperf.prune.command import commands, texts
+from slmperf.prune.compare import compare_methods
 from slmperf.prune.results import PruneReport
+from slmperf.prune.texts import Vocabulary, read_calibration, read_measure
 
 WORDS = "a red fox and two blue birds sat by the old stone bridge near our river".split()
 
@@ -67,7 +71,7 @@ def test_sizes_are_pruned_measured_and_written(slmperf, folder):
     assert before == pytest.approx(measured.of(llama()))
     assert f"perplexity: {before:.4f} before, {after:.4f} after" in said
     assert "layers.1.mlp.down_proj" in said and "MiB of memory" in said
-    assert " x the two forward passes that it needs" in said
+    assert " x two passes through the pruned blocks" in said
     assert (folder / "out" / "pruning.svg").read_text().count("layer 1") >= 1
 
 
@@ -108,6 +112,34 @@ def test_layers_may_get_sizes_of_their_own(slmperf, folder):
     assert sizes == [16, 48]
 
 
+def test_layers_that_differ_may_be_pruned_on_by_layer(slmperf, folder):
+    """No shape of all layers alike is looked for where each gets its own."""
+    assert prune(slmperf, folder, "--params", "18K", "--granularity", 8, "--per-layer")[0] == 0
+    found = models.load(folder / "out")
+    sizes = [block.mlp.down_proj.in_features for block in found.model.layers]
+    if len(set(sizes)) == 1:
+        models.save(models.shrink(found, mlp=[range(sizes[0]), range(8)]), None, folder / "out")
+    shutil.move(folder / "out", folder / "uneven")
+    target = models.parameters(models.load(folder / "uneven")) - 3 * 32 * 8
+    files = ("--calibration", folder / "ids.jsonl", "--params", target, "--granularity", 8)
+    code, _, wrong = slmperf("prune", folder / "uneven", folder / "again", *files, "--per-layer")
+    assert code == 0, wrong
+    assert models.parameters(models.load(folder / "again")) == target
+
+
+def test_a_target_only_layers_of_their_own_meet(slmperf, folder):
+    """Half a step of all layers: nearest to it alike is the model itself."""
+    target = models.parameters(llama()) - 3 * 32 * 16
+    options = ("--params", target, "--granularity", 24)
+    code, _, wrong = prune(slmperf, folder, *options)
+    assert code == 2 and "nothing to prune" in wrong
+    code, _, wrong = prune(slmperf, folder, *options, "--per-layer")
+    assert code == 0, wrong
+    assert (
+        models.parameters(models.load(folder / "out")) == models.parameters(llama()) - 3 * 32 * 24
+    )
+
+
 def test_heads_of_any_kind_load_again(slmperf, folder):
     for out, options in (
         ("uniform", ("--heads", 4, "--head-mode", "uniform")),
@@ -122,12 +154,12 @@ def test_heads_of_any_kind_load_again(slmperf, folder):
 
 def test_text_and_plain_text_need_the_models_tokenizer(slmperf, folder):
     generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, 12)) for _ in range(30)]
-    tokenizer = train_text_tokenizer(texts, 300)
+    written = [" ".join(generator.choice(WORDS, 12)) for _ in range(30)]
+    tokenizer = train_text_tokenizer(written, 300)
     models.save(llama(vocab_size=len(tokenizer)), tokenizer, folder / "model")
-    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    lines = "\n".join(json.dumps({"text": text}) for text in written)
     (folder / "text.jsonl").write_text(lines)
-    (folder / "plain.txt").write_text("\n".join(texts))
+    (folder / "plain.txt").write_text("\n".join(written))
     for calibration in ("text.jsonl", "plain.txt"):
         code, said, wrong = prune(
             slmperf,
@@ -170,6 +202,14 @@ def test_ranking_prompts_are_measured_by_auc(slmperf, folder):
     builder = PromptBuilder(tokenizer, tasks, 64, facts=False)
     training, _ = builder.from_prompts(read_prompts(path))
     assert report["tokens"] == sum(len(one.input_ids) for one in training)  # no scored prompt
+    options = ("--kv-heads", 2, "--answers-only")
+    code, _, wrong = prune(slmperf, folder, *options, calibration="prompts.jsonl", out="answers")
+    assert code == 0, wrong
+    report = json.loads((folder / "answers" / "pruning.json").read_text())
+    assert report["tokens"] == sum(int(one.answer.sum()) for one in training)
+    path.write_text(path.read_text().replace("Film 1", "Film \\ud800"))
+    code, _, wrong = prune(slmperf, folder, *options, calibration="prompts.jsonl", out="none")
+    assert code == 2 and "wanted Unicode text" in wrong
 
 
 def test_streamed_is_the_same_model(slmperf, folder):
@@ -183,7 +223,78 @@ def test_streamed_is_the_same_model(slmperf, folder):
     assert (folder / "streamed" / "pruning.json").is_file() and "MiB of memory" in said
 
 
+def test_every_part_tells_how_far_it_is(slmperf, folder, monkeypatch):
+    """The passes over text, too, whose time is longest where a model is large."""
+    told = {}
+
+    @contextlib.contextmanager
+    def bars():
+        yield lambda title: lambda done, total: told.setdefault(title, []).append(done / total)
+
+    monkeypatch.setattr(commands, "_bars", bars)
+    monkeypatch.setattr(texts, "_BATCH_TOKENS", 64)
+    measured = ("--eval", folder / "ids.jsonl")
+    options = ("--params", "18K", "--granularity", 8, "--per-layer", "--mode", "one_pass")
+    code, _, wrong = prune(slmperf, folder, *options, *measured)
+    assert code == 0, wrong
+    assert list(told) == ["measure", "error curves", "prune", "measure again"]
+    code, _, wrong = prune(slmperf, folder, "--intermediate", 24, "--stream", out="streamed")
+    assert code == 0, wrong
+    options = ("--compare", "--intermediate", 24, "--mode", "one_pass", *measured)
+    assert prune(slmperf, folder, *options, out="compared")[0] == 0
+    for title, steps in told.items():
+        assert steps[-1] == 1 and 0 < steps[0] < 1 + title.startswith("measure"), title
+    assert min(map(len, (told["error curves"], told["compare"]))) > 8  # batches, not blocks alone
+
+
 # ---- comparison
+
+
+def test_one_elimination_serves_all_sizes(slmperf, folder, monkeypatch):
+    """In mode one_pass: the same errors as of a size alone, and as many eliminations as layers."""
+    import slmperf.prune.layer.methods as methods
+
+    called, osscar = [], methods.osscar
+    monkeypatch.setattr(methods, "osscar", lambda *a, **k: called.append(1) or osscar(*a, **k))
+    options = ("--compare", "--mode", "one_pass", "--method", "osscar", "--kv-heads", 2)
+    errors = {}
+    for sizes in ("40,32,24", "40", "24"):
+        code, _, wrong = prune(slmperf, folder, *options, "--intermediate", sizes, out=sizes)
+        assert code == 0, wrong
+        rows = json.loads((folder / sizes / "comparison.json").read_text())["rows"]
+        errors[sizes] = [row["layers"] for row in rows]
+        assert len(called) == 4  # two layers of two blocks
+        called.clear()
+    for row, alone in ((0, "40"), (2, "24")):
+        assert errors["40,32,24"][row] == pytest.approx(errors[alone][0], rel=1e-4)
+
+
+def test_comparison_hands_on_where_to_spill_and_who_made_the_ids(folder, monkeypatch):
+    """--spill and the tokenizer reach the pass of mode one_pass and every pruning."""
+    from slmperf.prune.command import compare
+
+    given = []
+
+    def watch(function):
+        def call(*arguments, **settings):
+            given.append((settings["spill"], settings["tokenizer"]))
+            return function(*arguments, **settings)
+
+        return call
+
+    for name in ("calibrate", "prune_model"):
+        monkeypatch.setattr(compare, name, watch(getattr(compare, name)))
+    batches = read_calibration(folder / "ids.jsonl", "x", Vocabulary(None, 64, 64), samples=9)
+    steps = []
+    found = compare_methods(
+        llama(), {"x": batches.batches}, [{"intermediate_size": 24}], methods=["osscar", "norm"],
+        mode="one_pass", settings={"spill": folder / "spill", "tokenizer": None},
+        measure="AUC", rises=True, score=lambda model: float(len(given)),
+        progress=lambda done, total: steps.append(done / total),
+    )  # fmt: skip
+    assert given == [(folder / "spill", None)] * 3
+    assert found.best(found.rows[0]) == (found.rows[0].error, 3.0)  # of AUC the highest
+    assert steps == sorted(steps) and 0 < steps[0] < 0.5 and steps[-1] == 1
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "sequential"])
@@ -218,6 +329,28 @@ def test_all_methods_are_compared_by_default(slmperf, folder):
     assert code == 0, wrong
     for method in ("osscar+swaps", "magnitude+refit", "norm+refit"):
         assert method in said
+    assert "┃ layer error % ┃ seconds ┃" in said  # and no column without --eval
+
+
+def test_several_targets_are_compared_each_once(slmperf, folder):
+    options = ("--compare", "--params", "18.1K,15K,18.1K,18K", "--granularity", 8)
+    code, _, wrong = prune(slmperf, folder, *options, "--method", "osscar,norm,osscar")
+    assert code == 0, wrong
+    rows = json.loads((folder / "out" / "comparison.json").read_text())["rows"]
+    points = [(row["method"], row["sizes"]["intermediate_size"]) for row in rows]
+    assert points == [(m, n) for n in (40, 24) for m in ("osscar", "norm")]
+    code, _, wrong = prune(slmperf, folder, "--params", "180K,200K", "--granularity", 8, out="no")
+    assert code == 2 and "one target without --compare" in wrong
+
+
+def test_comparisons_that_cannot_be_are_refused_first():
+    batch, size = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, {"intermediate_size": 24}
+    for calibration, settings, words in (
+        (iter([batch]), {}, "found a generator"),
+        ([batch], {"method": "norm"}, "found method"),
+    ):
+        with pytest.raises(InputError, match=words):
+            compare_methods(llama(), {"x": calibration}, [size], settings=settings)
 
 
 # ---- files
@@ -227,18 +360,51 @@ def test_calibration_is_drawn_once_and_padded(tmp_path):
     path = write_ids(tmp_path / "ids.jsonl", split="train")
     vocabulary = Vocabulary(None, 64, 12)
     one, two = (read_calibration(path, "in-domain", vocabulary, samples=7) for _ in range(2))
-    assert one.source == "in-domain: ids.jsonl" and one.sequences == 7
-    assert one.tokens == sum(int(batch["attention_mask"].sum()) for batch in one.batches)
+    assert one.source == "in-domain: ids.jsonl" and len(one.sequences) == 7
+    assert sum(len(batch["input_ids"]) for batch in one.batches) == 7
     assert all(
         torch.equal(a["input_ids"], b["input_ids"])
         for a, b in zip(one.batches, two.batches, strict=True)
     )
     every = read_calibration(path, "in-domain", vocabulary, samples=1000)
-    assert every.sequences == 30  # the ten lines of split eval are not calibrated on
+    assert len(every.sequences) == 30  # the ten lines of split eval are not calibrated on
     assert max(batch["input_ids"].shape[1] for batch in every.batches) == 12
-    assert read_calibration(path, "x", vocabulary, samples=99, split="eval").sequences == 10
+    assert len(read_calibration(path, "x", vocabulary, samples=99, split="eval").sequences) == 10
     with pytest.raises(InputError, match="found none"):
         read_calibration(path, "x", vocabulary, samples=99, split="other")
+
+
+def test_only_answers_count(tmp_path):
+    """The weights stand where the answer's tokens are predicted."""
+    lines = [{"input_ids": [1, 2, 3, 4, 5], "prompt_tokens": 3}, {"input_ids": [1, 2, 3]}]
+    path = tmp_path / "ids.jsonl"
+    path.write_text(json.dumps(lines[0]))
+    options = (path, "x", Vocabulary(None, 64, 12))
+    [batch] = read_calibration(*options, samples=9, answers_only=True).batches
+    assert batch["token_weights"].tolist() == [[0, 0, 1, 1, 0]]
+    assert "token_weights" not in read_calibration(*options, samples=9).batches[0]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="ids.jsonl line 2: wanted a completion or prompt_tokens"):
+        read_calibration(*options, samples=9, answers_only=True)
+
+
+def test_samples_of_each_set_and_text_that_calibrated(slmperf, folder):
+    """--generic-samples; and a note where what is measured calibrated."""
+    write_ids(folder / "other.jsonl", seed=1)
+    options = ("--compare", "--intermediate", 24, "--method", "osscar", "--samples", 3)
+    code, said, wrong = prune(
+        slmperf, folder, *options, "--generic", folder / "other.jsonl", "--generic-samples", 5,
+        "--eval", folder / "other.jsonl",
+    )  # fmt: skip
+    assert code == 0, wrong
+    found = json.loads((folder / "out" / "comparison.json").read_text())
+    for (path, split, samples), tokens in zip(
+        (("ids.jsonl", "train", 3), ("other.jsonl", None, 5)), found["tokens"].values(), strict=True
+    ):
+        options = (folder / path, "x", Vocabulary(None, 64, 64))
+        batches = read_calibration(*options, samples=samples, split=split).batches
+        assert tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert "5 of 40 measured sequences are among those of generic: other.jsonl" in said
 
 
 # ---- what is refused: one line, exit code 2, nothing written
@@ -280,6 +446,14 @@ def test_calibration_is_drawn_once_and_padded(tmp_path):
         (("--intermediate", 24, "--stream", "--compare"), "--stream: wanted without"),
         (("--intermediate", 24, "--generic", "ids.jsonl"), "found both"),
         (("--intermediate", 24, "--eval", "nothing.jsonl"), "nothing.jsonl"),
+        (("--intermediate", "²"), "found '²'"),
+        (("--intermediate", 24, "--swaps", -1), "swaps"),
+        (("--intermediate", 24, "--generic-samples", 5), "wanted --generic beside it"),
+        (("--intermediate", 24, "--answers-only"), "completion or prompt_tokens"),
+        (("--milliseconds", "nan"), "wanted a number > 0, found nan"),
+        (("--milliseconds", -5), "wanted a number > 0, found -5"),
+        (("--milliseconds", 100, "--tp", 0, "--granularity", 8), "tensor_parallel: wanted"),
+        (("--params", "100", "--granularity", 8, "--per-layer"), "can shrink to"),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(slmperf, folder, monkeypatch, options, words):
@@ -296,12 +470,16 @@ def test_bad_files_are_one_line_and_write_nothing(slmperf, folder):
     (folder / "text.jsonl").write_text('{"text": "a fox"}\n')
     (folder / "large.jsonl").write_text('{"input_ids": [1, 64]}\n')
     (folder / "broken.jsonl").write_text("{\n")
+    (folder / "nothing.jsonl").write_text('{"input_ids": [1]}\n{"input_ids": []}\n')
+    (folder / "half.jsonl").write_text('{"text": "a \\ud800 fox"}\n')
     for name, words in (
         ("empty.jsonl", "no lines"),
         ("text.jsonl", "wants a tokenizer"),
         ("large.jsonl", "that of another model"),
         ("broken.jsonl", "expected one JSON object"),
         ("absent.txt", "UTF-8"),
+        ("nothing.jsonl", "nothing.jsonl line 2: wanted token ids"),
+        ("half.jsonl", "half.jsonl line 1: wanted Unicode text, found a lone '\\ud800'"),
         (None, "found neither"),
     ):
         code, _, wrong = prune(slmperf, folder, *size, calibration=name)
@@ -315,6 +493,53 @@ def test_bad_files_are_one_line_and_write_nothing(slmperf, folder):
     assert code == 2 and not (folder / "out").exists()
 
 
+def test_splits_that_a_file_has_not_are_refused(slmperf, folder):
+    (folder / "plain.txt").write_text("a fox")
+    options = ("--intermediate", 24, "--split", "train")
+    code, _, wrong = prune(slmperf, folder, *options, calibration="plain.txt")
+    assert code == 2 and "--split: wanted JSONL whose lines have splits" in wrong
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/none/out"])
+def test_a_place_that_cannot_be_written_is_found_first(slmperf, folder, monkeypatch, place):
+    """Before the weights are read; the parent of OUT may be new."""
+    (folder / "file").write_text("")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the weights are read"))
+    code, _, wrong = prune(slmperf, folder, "--intermediate", 24, out=place)
+    assert code == 2 and "wanted a folder to write to" in wrong and wrong.count("\n") == 1
+    code, _, wrong = prune(slmperf, folder, "--intermediate", 24, "--spill", folder / "file" / "s")
+    assert code == 2 and "wanted a folder to write to" in wrong
+    assert not (folder / "out").exists()
+
+
+def test_a_new_place_below_new_folders_is_made(slmperf, folder):
+    code, _, wrong = prune(slmperf, folder, "--intermediate", 24, out="new/deep/out")
+    assert code == 0, wrong
+    assert [path.name for path in (folder / "new" / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "more,writes",
+    [((), "_write_report"), (("--stream",), "_write_report"), (("--compare",), "plot_comparison")],
+)
+def test_a_full_disk_is_one_line(slmperf, folder, monkeypatch, more, writes):
+    """And leaves nothing behind, with --stream too: the report is there before the folder is."""
+    from safetensors import SafetensorError
+
+    from slmperf.prune.command import job
+
+    for error in (SafetensorError("I/O error:\nno space left"), OSError(28, "no space left")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(job, writes, fail)
+        code, _, wrong = prune(slmperf, folder, "--intermediate", 24, *more)
+        assert code == 2 and "out: wanted to write the result, found:" in wrong
+        assert "no space left" in wrong and wrong.count("\n") == 1
+        assert not [path for path in folder.iterdir() if "out" in path.name]
+
+
 def test_models_that_cannot_be_pruned_are_one_line(slmperf, folder):
     model = llama()
     with torch.no_grad():
@@ -323,6 +548,10 @@ def test_models_that_cannot_be_pruned_are_one_line(slmperf, folder):
     code, _, wrong = prune(slmperf, folder, "--intermediate", 24)
     assert code == 2 and "model.layers.1.mlp.up_proj" in wrong
     assert not (folder / "out").exists()
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gpt2"}))
+    code, _, wrong = prune(slmperf, folder, "--intermediate", 24)
+    assert code == 2 and "gpt2 cannot be pruned" in wrong
 
 
 def test_experts_are_pruned_too(slmperf, folder):

@@ -9,12 +9,15 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from stories260k import batches, load_stories260k, perplexity, story_tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +28,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -404,6 +408,30 @@ def test_error_curves_of_all_layers_change_nothing() -> None:
         assert curve[-1] == pytest.approx(1.0, abs=0.3)  # all gone: the energy, and the damping
 
 
+@pytest.mark.parametrize("heads", ["kv_group", "uniform", "free"])
+def test_error_curves_of_heads_are_those_of_the_pruning(heads: str) -> None:
+    dense = model_of()  # 8 query heads on 4 key/value heads
+    data = random_batches()
+    curves = error_curves(dense, data, prune=("attention",), heads=heads)
+    assert len(curves) == 3
+    report = prune_model(dense, data, attention_heads=4, heads=heads, mode="one_pass")
+    for layer in report.layers:
+        curve = curves[layer.name]
+        assert len(curve) == layer.groups and list(curve) == sorted(curve)
+        assert curve[len(layer.order) - 1] == pytest.approx(layer.curve[-1], rel=1e-4)
+
+
+def test_error_curves_of_what_cannot_be_pruned_are_refused() -> None:
+    model, data = model_of(), random_batches()
+    for wrong, found in ((("mlps",), "'mlps'"), ((), "none")):
+        with pytest.raises(InputError, match=f"wanted some of mlp, attention, found {found}"):
+            error_curves(model, data, prune=wrong)
+    free = prune_model(model, data, attention_heads=5, heads="free").model
+    with pytest.raises(InputError, match="'attention', found one in layer"):
+        error_curves(free, data, prune=("attention",))
+    assert len(error_curves(free, data)) == 3
+
+
 def test_methods_rank_as_they_should() -> None:
     dense = model_of()
     data = random_batches(12)
@@ -532,6 +560,131 @@ def test_a_checkpoint_is_pruned_block_by_block_to_the_same(
         torch.testing.assert_close(
             logits(again, data[0]), logits(small, data[0]), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("mode", ["sequential", "one_pass", "dense_target"])
+def test_experts_of_odd_sizes_run_while_they_are_pruned(mode: str, tmp_path: Path) -> None:
+    # torch._grouped_mm, Mixtral's way by default, takes no rows of 9 fp32 or of 20 bf16 numbers.
+    model = model_of("mixtral")
+    data = random_batches()
+    assert model.config._experts_implementation == "grouped_mm"
+    report = prune_model(model, data, intermediate_size=9, mode=mode)
+    assert report.model.config._experts_implementation == "eager"
+    assert "rows of whole multiples of 16 bytes" in report.model.pruning_note
+    assert torch.isfinite(logits(report.model, data[0])).all()
+    odd = model_of("mixtral", intermediate_size=20)
+    save(odd.bfloat16(), None, tmp_path / "odd")
+    sizes = {"key_value_heads": 2, "mode": mode}
+    prune_checkpoint(tmp_path / "odd", tmp_path / "small", data, **sizes)
+    whole = prune_model(load(tmp_path / "odd", dtype=torch.bfloat16), data, **sizes).model
+    small = load(tmp_path / "small", dtype=torch.bfloat16)
+    torch.testing.assert_close(logits(small, data[0]), logits(whole, data[0]), rtol=0, atol=0)
+
+
+def words(*tokens: str) -> PreTrainedTokenizerFast:
+    ids = {token: index for index, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(ids, tokens[0])))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_gram_matrices_of_another_model_or_tokenizer_are_refused(
+    family: str, tmp_path: Path
+) -> None:
+    dense, other, data = model_of(family), model_of(family), random_batches()
+    with torch.no_grad():
+        other.model.layers[2].self_attn.o_proj.weight[0, 0] += 1
+    own, others = words("a", "b"), words("b", "a")
+    save(dense, own, tmp_path / "dense")
+    sizes = {"intermediate_size": 40, "mode": "one_pass"}
+    made = calibrate(dense, data, tokenizer=own)
+
+    def refused(message: str, calibration: object, **more: object) -> None:
+        for prune in (
+            lambda: prune_model(dense, calibration, **sizes, **more),
+            lambda: prune_checkpoint(
+                tmp_path / "dense", tmp_path / "small", calibration, **sizes, **more
+            ),
+        ):
+            with pytest.raises(InputError, match=message):
+                prune()
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+    before = state_of(dense)
+    refused("wanted Gram matrices of this model", calibrate(other, data))
+    if family == "llama":
+        with pytest.raises(InputError, match="found another tokenizer's"):
+            prune_model(dense, made, **sizes, tokenizer=others)
+        with pytest.raises(InputError, match=r"wanted the model's tokenizer \(2 tokens\)"):
+            prune_checkpoint(
+                tmp_path / "dense", tmp_path / "small", data, **sizes, tokenizer=others
+            )
+        wrong = calibrate(dense, data, tokenizer=others)
+        refused("found another tokenizer's", wrong, tokenizer=own)
+        with pytest.raises(InputError, match="found another tokenizer's"):  # the folder has one
+            prune_checkpoint(tmp_path / "dense", tmp_path / "small", wrong, **sizes)
+    assert unchanged(dense, before)
+    reports = [
+        prune_checkpoint(
+            tmp_path / "dense", tmp_path / f"small-{mode}", text, tokenizer=own,
+            intermediate_size=40, mode=mode,
+        )
+        for mode, text in (("one_pass", made), ("sequential", data))
+    ]  # fmt: skip
+    for report in reports:
+        assert report.calibration["model"] == made.manifest["model"] != ""
+        assert report.calibration["tokenizer"] == made.manifest["tokenizer"] != ""
+
+
+def test_what_finish_writes_appears_with_the_checkpoint(tmp_path: Path) -> None:
+    save(model_of(), None, tmp_path / "dense")
+
+    def note(folder: Path, report: PruneReport) -> None:
+        assert (folder / "config.json").is_file() and not (tmp_path / "small").exists()
+        (folder / "pruning.json").write_text(report.to_json())
+
+    def fail(folder: Path, report: PruneReport) -> None:
+        note(folder, report)
+        raise InputError("no plot")
+
+    for finish in (fail, note):
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+        with pytest.raises(InputError, match="no plot") if finish is fail else nullcontext():
+            report = prune_checkpoint(
+                tmp_path / "dense", tmp_path / "small", random_batches(),
+                intermediate_size=40, finish=finish,
+            )  # fmt: skip
+    assert PruneReport.from_json((tmp_path / "small" / "pruning.json").read_text()) == report
+    assert report.parameters_after == parameters(load(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "one_pass", "dense_target"])
+def test_a_model_that_is_not_in_memory_is_refused(mode: str) -> None:
+    model = model_of()
+    model.model.layers[1].to("meta")
+    for prune in (
+        lambda: prune_model(model, random_batches(), intermediate_size=40, mode=mode),
+        lambda: error_curves(model, random_batches()),
+        lambda: next(prune_sizes(model, random_batches(), [40])),
+    ):
+        with pytest.raises(InputError, match=r"model\.layers\.1\..* on the meta device"):
+            prune()
+
+
+def test_the_pass_of_one_pass_is_progress_too() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, of: int) -> None:
+        seen.append((done, of))
+
+    data = random_batches()  # 2 batches, 3 blocks
+    prune_model(model_of(), data, intermediate_size=40, mode="one_pass", progress=progress)
+    assert seen == [(done, 5) for done in range(1, 6)]
+    seen.clear()
+    error_curves(model_of(), data, prune=("mlp", "attention"), progress=progress)
+    assert seen == [(done, 8) for done in range(1, 9)]
+    seen.clear()
+    prune_model(model_of(), iter(data), intermediate_size=40, mode="one_pass", progress=progress)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_checkpoint_that_cannot_be_pruned_is_not_written(tmp_path: Path) -> None:

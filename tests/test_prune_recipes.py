@@ -57,6 +57,7 @@ def test_ablations_run(name, tmp_path):
     results = run(toy(name, tmp_path), tmp_path / "out")
     [table] = results.comparisons
     assert [row.role for row in table.rows] == list(COMPARISONS[name])
+    assert ("prune_gradual" in {one.kind for one in results.stages}) == (name == "gradual")
     base = results.stage("base")
     assert all(
         one.parameters < base.parameters
@@ -76,6 +77,8 @@ def test_calibration_text_is_read_told_apart_and_watched(tmp_path, capsys):
 
     assert "calibration_text" in manifest("generic-16")["inputs"]
     assert "calibration_text" not in manifest("domain-16")["inputs"]
+    assert manifest("generic-16")["pruning"]["source"] == "generic: text.md"
+    assert manifest("domain-16")["pruning"]["source"].startswith("in-domain: ")
     assert manifest("generic-16")["pruning"]["tokens"] == 16 * 128  # plain text fills the context
     kept = [
         (out / stage / "model.safetensors").read_bytes() for stage in ("domain-16", "generic-16")

@@ -36,9 +36,8 @@ def test_streamed_equals_shrunk_in_memory(family: str, counts: list[int], tmp_pa
     small = shrink(model, mlp=mlp, kv_groups=groups)
     with StreamedModel(tmp_path / "dense", tmp_path / "small") as streamed:
         for index in reversed(range(3)):
-            with streamed.block(index, write=False) as block:
-                assert not any(tensor.is_meta for tensor in block.parameters())
             with streamed.block(index) as block:
+                assert not any(tensor.is_meta for tensor in block.parameters())
                 keep_neurons(block, mlp[index])
                 kept = [head for group in groups[index] for head in (2 * group, 2 * group + 1)]
                 keep_heads(block, kept, groups[index])
@@ -71,6 +70,15 @@ def test_blocks_that_nobody_touched_are_copied(tmp_path: Path) -> None:
     for copied, original in zip(same.parameters(), dense.parameters(), strict=True):
         assert torch.equal(copied, original.bfloat16().float())
     assert (tmp_path / "same" / "tokenizer.json").read_text() == "{}"
+
+
+def test_folders_beside_the_weights_are_left_out(tmp_path: Path) -> None:
+    save(llama(), None, tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer").mkdir()
+    with StreamedModel(tmp_path / "dense", tmp_path / "same"):
+        pass
+    assert not (tmp_path / "same" / "tokenizer").exists()
+    assert (tmp_path / "same" / "config.json").is_file()
 
 
 def test_nothing_is_written_on_an_error(tmp_path: Path) -> None:

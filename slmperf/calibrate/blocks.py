@@ -167,14 +167,19 @@ class BlockStream:
             arguments.append(named)
 
         handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
+        # An instance may have a forward of its own: accelerate's hooks are put in that way.
+        own = [vars(block).get("forward") for block in self.blocks]
         for block in self.blocks:
             block.forward = _bypass
         try:
             device = self._model.get_input_embeddings().weight.device
             self._model.base_model(**model_inputs(batch, device), use_cache=False)
         finally:
-            for block in self.blocks:
-                del block.forward
+            for block, forward in zip(self.blocks, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
             for handle in handles:
                 handle.remove()
         return first[0], arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     spill: str | os.PathLike[str] | None = None,
     group_sizes: Mapping[str, int] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Calibration:
     """Gram matrices of the inputs of the named linear layers, in one pass over `batches`.
 
@@ -132,13 +133,18 @@ def calibrate(
     group_sizes: by a layer's name or the last part of it, for those whose activation scores are
         wanted (`Gram.scores`). None: 1 for down_proj and a whole KV group for o_proj where `layers`
         is None, else none.
+    progress: called as progress(batches done) after each batch.
 
     With torch.distributed every worker brings its own batches and gets the sums of all. The model's
     training mode is restored.
 
     Raises InputError for a layer that the model lacks, for token ids beyond its vocabulary, for no
-    batches, and, by name, for a layer without a token or with inputs that are not finite.
+    batches, for a model that is not in memory, and, by name, for a layer without a token or with
+    inputs that are not finite.
     """
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise InputError("calibrate: wanted a model in memory, found weights on the meta device")
     if isinstance(batches, Sequence):
         for batch in batches:
             check_batch(model, batch)
@@ -150,7 +156,6 @@ def calibrate(
     watch = Watch(model, layers)
     grams = watch.grams(sizes=sizes, target=False, spill=spill)
     seen: list[Tokens] = []
-    device = model.get_input_embeddings().weight.device
     training = model.training
     model.eval()
     try:
@@ -160,6 +165,8 @@ def calibrate(
             seen.append(tokens)
             with watch.inputs(partial(watch.add, grams, tokens, None)):
                 model(**model_inputs(batch, device), use_cache=False)
+            if progress is not None:
+                progress(len(seen))
     finally:
         model.train(training)
     about = manifest(model, seen, source, tokenizer)
@@ -175,10 +182,8 @@ def default_layers(model: PreTrainedModel) -> dict[str, int]:
     for index, block in enumerate(decoder_blocks(model)):
         attention: Any = block.self_attn
         for name in pruned_layers(block):
+            # With a head map num_key_value_groups is 1: only single heads leave such a layer.
             whole = attention.head_dim * attention.num_key_value_groups
-            fits = (
-                attention.o_proj.in_features % whole == 0
-            )  # else the head map says who reads whom
-            size = (whole if fits else attention.head_dim) if name.endswith("o_proj") else 1
+            size = whole if name.endswith("o_proj") else 1
             found[f"model.layers.{index}.{name}"] = size
     return found

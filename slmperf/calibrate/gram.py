@@ -22,7 +22,7 @@ from slmperf.calibrate.workers import sum_of_workers
 from slmperf.check import InputError
 from slmperf.models.files import write_atomically
 from slmperf.ops.gram import gram, packed_size, stripe_of, stripes, unpack
-from slmperf.ops.kd_loss.products import weight_gradient
+from slmperf.ops.half_products import weight_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from slmperf.calibrate.tokens import Tokens
 from slmperf.calibrate.workers import sum_of_workers
 from slmperf.check import InputError
+from slmperf.models.hashes import canonical, text_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +30,8 @@ def manifest(
     """The counts of a calibration set, over all workers, and where it is from; JSON values.
 
     "sequences" are those with a token that counts, "tokens" those that count; "source" says in
-    words what text it is; "model" is its `fingerprint`, "tokenizer" the hash of its vocabulary (""
-    where not given).
+    words what text it is; "model" is its `fingerprint`, "tokenizer" its `text_hash` ("" where not
+    given).
     Raises InputError where no worker has a batch.
     """
     counts = torch.zeros(len(COUNTS), dtype=torch.int64)
@@ -41,37 +43,48 @@ def manifest(
     return {
         **dict(zip(COUNTS, counts.tolist(), strict=True)),
         "source": source,
-        "tokenizer": vocabulary_hash(tokenizer) if tokenizer is not None else "",
+        "tokenizer": text_hash(tokenizer) if tokenizer is not None else "",
         "model": fingerprint(model),
     }
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, rows: Mapping[str, Tensor] = MappingProxyType({})) -> str:
     """A hash of a model's parameters: names, shapes and the first values of each.
 
-    Values are rounded to bf16, so that a model loaded in another dtype is the same. Empty where
-    some of the parameters are not in memory.
+    rows: the first row of each parameter that is not in memory, by name
+        (`StreamedModel.first_rows`); where one is missing, the hash is "".
+
+    Values are rounded to bf16, so that a model loaded in another dtype is the same.
     """
     whole = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        first = parameter.detach() if not parameter.is_meta else rows.get(name)
+        if first is None:
             return ""
-        first = parameter.detach()[:1].flatten()[:64].bfloat16().cpu().view(torch.int16)
+        while first.dim() > 1:
+            first = first[0]
+        first = first[:64].bfloat16().cpu().view(torch.int16)
         whole.update(f"{name} {tuple(parameter.shape)} {first.tolist()}\n".encode())
     return whole.hexdigest()
 
 
-def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's tokens and ids."""
-    listed = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    return hashlib.sha256(listed.encode()).hexdigest()
+def text_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that makes ids of text: tokens, merges, normalisation. Special tokens are left
+    out, because the one for padding is often chosen only when batches are made.
+    """
+    return hashlib.sha256(canonical(text_state(tokenizer))).hexdigest()
 
 
 def check_tokenizer(model: PreTrainedTokenizerBase, calibration: PreTrainedTokenizerBase) -> None:
     """InputError where the calibration set's tokenizer gives other ids than the model's."""
+    if text_hash(model) == text_hash(calibration):
+        return
     wanted, found = model.get_vocab(), calibration.get_vocab()
     if wanted == found:
-        return
+        raise InputError(
+            "calibration: wanted the model's tokenizer, found another of the same "
+            f"{len(found)} tokens, which splits text otherwise"
+        )
     apart = sorted(token for token in wanted.keys() | found.keys()
                    if wanted.get(token) != found.get(token))  # fmt: skip
     raise InputError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slmperf.check import InputError
+
 _PIECE = 2**23  # elements at a time: 64 MiB of fp64, wherever the whole lives
 
 
@@ -12,6 +14,15 @@ def workers() -> int:
     """Number of workers; 0 without a process group."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 0
+
+
+def check_single(what: str) -> None:
+    """InputError where several workers run: `what` writes one folder, which each would replace."""
+    if workers() > 1:
+        raise InputError(
+            f"{what}: wanted one process, found {workers()} workers; prune_model adds up what each "
+            "of several sees, and one of them saves the result"
+        )
 
 
 def sum_of_workers(part: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from slmperf.models.structure import (
     Sizes,
     decoder_blocks,
     expert_indices,
-    experts_implementation,
     experts_of,
     family_of,
+    fit_experts,
     heads_of,
     indices_of,
     keep_heads,
@@ -217,12 +217,9 @@ def _heads_kept(
 
 
 def _noted(model: PreTrainedModel, note: str) -> PreTrainedModel:
-    if experts_of(model.model.layers[0]) is not None:
-        way = experts_implementation(model.config, model.dtype)
-        if way == "eager" and model.config._experts_implementation != way:
-            model.config._experts_implementation = way
-            own = "experts run one by one (experts_implementation='eager'): a grouped product takes"
-            note = "; ".join(filter(None, (note, f"{own} rows of whole multiples of 16 bytes")))
+    if fit_experts(model):
+        own = "experts run one by one (experts_implementation='eager'): a grouped product takes"
+        note = "; ".join(filter(None, (note, f"{own} rows of whole multiples of 16 bytes")))
     model.pruning_note = note
     if note:
         _LOG.warning(note)

@@ -22,7 +22,7 @@ from slmperf.models.checkpoint import add_older_fields, read_config, stored_tens
 from slmperf.models.files import write_folder
 from slmperf.models.resize import apply_sizes
 from slmperf.models.shards import ShardWriter
-from slmperf.models.structure import decoder_blocks
+from slmperf.models.structure import decoder_blocks, fit_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +42,8 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
     model       the model; the tensors of its blocks are on the meta device
     blocks      its decoder blocks, in order
 
-    Leaving the outer block without an exception copies the blocks that nobody wrote, writes the
-    rest, the configuration that the blocks' sizes ask for (see `apply_sizes`) and the tokenizer's
-    files, and puts all of it in the place of `out`; `pruning_note` then says what `apply_sizes`
-    did. On an exception `out` is as it was.
+    Leaving the outer block without an exception does what `finish` does, unless it was called, and
+    puts all of it in the place of `out`. On an exception `out` is as it was.
 
     Raises InputError for a folder that is no whole checkpoint of a model that can be pruned.
     """
@@ -71,6 +69,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
                 config, dtype=dtype or config.dtype or torch.get_default_dtype()
             ).eval()
         self.blocks = decoder_blocks(self.model)
+        fit_experts(self.model)
         self._assign(self.model, "", [name for name in self._stored if _layer_of(name) is None])
         self.model.tie_weights()
         rotary = type(self.model.model.rotary_emb)
@@ -82,6 +81,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         self._stack = contextlib.ExitStack()
         self._aside = self._stack.enter_context(write_folder(self._out))
         self._shards = ShardWriter(self._aside)
+        self._finished = False
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -89,12 +89,29 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
-            self._finish()
+            if not self._finished:
+                self.finish()
+
+    def first_rows(self) -> dict[str, Tensor]:
+        """The first row (of the first expert) of every tensor of the blocks, by the names that the
+        model has, read from the files: what tells checkpoints apart at little cost.
+        """
+        from safetensors import safe_open
+
+        found: dict[str, Tensor] = {}
+        names = [name for name in self._stored if _layer_of(name) is not None]
+        for file in sorted({self._stored[name] for name in names}):
+            with safe_open(file, framework="pt") as stored:
+                for name in names:
+                    if self._stored[name] == file:
+                        part = stored.get_slice(name)
+                        found[name] = part[:1] if len(part.get_shape()) > 1 else part[:]
+        return {name: row[0] if row.dim() > 1 else row for name, row in _fused(found).items()}
 
     @contextlib.contextmanager
-    def block(self, index: int, *, write: bool = True) -> Iterator[nn.Module]:
-        """Block `index` with its tensors; they are written (once for each block) and freed when it
-        ends, or only freed where `write` is false: what was changed is then lost."""
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its tensors, once for each block; they are written and freed when the
+        `with` block ends."""
         if index in self._written:
             raise InputError(f"StreamedModel: block {index} is written already, wanted another")
         block = self.blocks[index]
@@ -102,11 +119,10 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         self._assign(block, f"model.layers.{index}.", names)
         try:
             yield block
-            if write:
-                prefix = f"model.layers.{index}."
-                tensors = {prefix + name: value for name, value in block.state_dict().items()}
-                self._shards.write(tensors)
-                self._written.add(index)
+            prefix = f"model.layers.{index}."
+            tensors = {prefix + name: value for name, value in block.state_dict().items()}
+            self._shards.write(tensors)
+            self._written.add(index)
         finally:
             block.to("meta")
 
@@ -140,7 +156,12 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
                 )
         module.load_state_dict(tensors, strict=False, assign=True)
 
-    def _finish(self) -> None:
+    def finish(self) -> Path:
+        """Copy the blocks that nobody wrote, write the rest, the configuration that the blocks'
+        sizes ask for (see `apply_sizes`; `pruning_note` then says what it did) and the tokenizer's
+        files. Returns the folder that becomes `out` when the `with` block ends, for what else is to
+        be in it.
+        """
         for index in range(len(self.blocks)):
             if index not in self._written:
                 with self.block(index):
@@ -163,8 +184,10 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         model.config.save_pretrained(self._aside)
         add_older_fields(self._aside)
         for file in sorted(self._folder.iterdir()):
-            if file.name in _COMPANIONS or "token" in file.name:
+            if file.is_file() and (file.name in _COMPANIONS or "token" in file.name):
                 shutil.copyfile(file, self._aside / file.name)
+        self._finished = True
+        return self._aside
 
     def _split_experts(self) -> None:
         """Stock Mixtral reads each expert's matrices under names of their own."""

@@ -13,7 +13,7 @@ Shapes: F neurons, H query heads, G key/value heads, C head size, E experts, D h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -102,8 +102,20 @@ def experts_implementation(config: PretrainedConfig, dtype: torch.dtype) -> str:
     """How a mixture of experts is to run its experts: all in one grouped product, which takes rows
     of whole multiples of 16 bytes only (torch._grouped_mm), or one after the other."""
     sizes = {getattr(layer, "intermediate_size", None) or 0 for layer in config.per_layer_config}
-    whole = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    return "grouped_mm" if whole else "eager"
+    return "grouped_mm" if _whole_rows(sizes, dtype) else "eager"
+
+
+def fit_experts(model: PreTrainedModel) -> bool:
+    """Have a mixture of experts run them one after the other where the real size of a block, not
+    the one in its configuration, asks for it (see `experts_implementation`); whether it does.
+
+    To be called when experts have become smaller, before they run.
+    """
+    sizes = [neurons_of(block) for block in model.model.layers if experts_of(block) is not None]
+    odd = not _whole_rows(sizes, model.dtype)
+    if odd:
+        model.config._experts_implementation = "eager"
+    return odd
 
 
 def neurons_of(block: nn.Module) -> int:
@@ -298,6 +310,11 @@ def _check_linear(
                     f"{type(model).__name__}: layer {index}: wanted nn.Linear {part}.{name}, "
                     f"found {type(layer).__name__}"
                 )
+
+
+def _whole_rows(sizes: Iterable[int], dtype: torch.dtype) -> bool:
+    """Whether rows of so many values each are whole multiples of 16 bytes."""
+    return all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
 def _one_or_all(sizes: list[int]) -> int | list[int]:

@@ -10,6 +10,10 @@ plan_heads             which heads a model may have
 GradualSchedule        prune in steps, with a recovery after each
 compare_methods        methods, sizes and calibration sets side by side
 
+layer/ holds the solver and its rivals for one layer, command/ `slmperf prune`; block, sources and
+results are what a whole model's pruning is made of; heads, counts, targets and latency what a
+budget is; texts reads files as calibration sets and as what a model is measured on.
+
 Names are loaded on first use, so that the command line costs no import of torch.
 """
 
@@ -22,8 +26,8 @@ if TYPE_CHECKING:
     from slmperf.prune.budget import Budget as Budget
     from slmperf.prune.budget import solve_budget as solve_budget
     from slmperf.prune.checkpoint import prune_checkpoint as prune_checkpoint
-    from slmperf.prune.command.compare import Comparison as Comparison
-    from slmperf.prune.command.compare import compare_methods as compare_methods
+    from slmperf.prune.compare import Comparison as Comparison
+    from slmperf.prune.compare import compare_methods as compare_methods
     from slmperf.prune.curves import error_curves as error_curves
     from slmperf.prune.curves import prune_sizes as prune_sizes
     from slmperf.prune.gradual import GradualSchedule as GradualSchedule
@@ -40,13 +44,13 @@ __all__ = ["GradualSchedule", "osscar", "prune_model", "solve_budget"]
 
 _HOMES = {
     "Budget": "budget",
-    "Comparison": "command.compare",
+    "Comparison": "compare",
     "GradualSchedule": "gradual",
     "LayerPruned": "results",
     "METHODS": "layer.methods",
     "PruneReport": "results",
     "Pruned": "layer.refit",
-    "compare_methods": "command.compare",
+    "compare_methods": "compare",
     "error_curves": "curves",
     "keep_groups": "layer.refit",
     "osscar": "layer.elimination",

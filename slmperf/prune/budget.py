@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from slmperf.check import InputError
 from slmperf.prune.counts import Counts, LayerSize
 from slmperf.prune.heads import MODES, Mode, head_maps, legal_heads
+from slmperf.prune.latency import milliseconds_of
 from slmperf.prune.targets import Target, parse_target
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def solve_budget(
     granularity: int = 512,
     heads: str = "kv_group",
     curves: Mapping[str, Sequence[float]] | None = None,
-    gpu: str | LatencyModel = "h100-paper",
+    gpu: str | LatencyModel = "h100",
     context: int = 16384,
     tensor_parallel: int = 1,
     scheme: str = "",
@@ -73,7 +74,9 @@ def solve_budget(
     prune         "mlp" and "attention": which dimensions may move. The others stay
     granularity   neurons come in multiples of it, besides the model's own number. 512 lets blocks
                   of 128 (FP8) divide over four ranks
-    heads         what leaves together: see `slmperf.prune.heads`
+    heads         what leaves together: see `slmperf.prune.heads`. In mode free the key/value heads
+                  that nobody reads leave too, which no shape tells before the heads are chosen:
+                  they are all counted, so that parameters and bytes are the most there can be
     curves        None: one size for all layers. Otherwise error after each removal, by layer name
                   ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"), all in one
                   unit: every layer gets its own size, where the sum of errors grows least. Relative
@@ -87,34 +90,13 @@ def solve_budget(
     Raises InputError for a target that the model does not reach this way, and says how far it goes.
     """
     asked = target if isinstance(target, Target) else parse_target(target)
-    moves = _moves(prune, asked)
-    if heads not in MODES:
-        raise InputError(f"heads: wanted one of {', '.join(MODES)}, found {heads!r}")
-    if granularity < 1:
-        raise InputError(f"granularity: wanted a number >= 1, found {granularity}")
-    counts = Counts.of(model_config)
-    if asked.kind == "milliseconds":
-        measure = _milliseconds(model_config, counts, gpu, context, tensor_parallel, scheme)
-    else:
-        measure = counts.parameters if asked.kind == "parameters" else counts.kv_bytes_per_token
-    ranks = tensor_parallel if asked.kind == "milliseconds" else 1
-
-    mapped = head_maps(model_config)
-
-    def options(step: int) -> list[dict[str, list]]:
-        return [
-            {
-                "mlp": _neurons(size, step, ranks),
-                "attention": _heads(size, heads, ranks)[: 1 if fixed else None],
-            }
-            for size, fixed in zip(counts.before, mapped, strict=True)
-        ]
-
-    question = _Question(asked, measure, counts, moves, options(granularity))
-    _refuse_unreachable(question, granularity)
+    question, options = _question(
+        model_config, asked, prune, granularity, heads, gpu, context, tensor_parallel, scheme
+    )
+    counts, measure = question.counts, question.measure
     sizes = _alike(question) if curves is None else _by_error(question, curves)
     notes = []
-    if "mlp" in moves and granularity > 1 and curves is None:
+    if "mlp" in question.moves and granularity > 1 and curves is None:
         exact = _alike(question._replace(options=_freed(question, sizes, options(1))))
         if exact[0].neurons != sizes[0].neurons:
             notes.append(
@@ -127,6 +109,10 @@ def solve_budget(
             f"{measure(sizes):.4g} ms predicted, not measured: {name}, {context:,} tokens, tensor "
             f"parallel {tensor_parallel}"
         )
+    fewer = any(now.heads < then.heads for now, then in zip(sizes, counts.before, strict=True))
+    if heads == "free" and fewer:
+        notes.append("free heads: of the key/value heads those that nobody reads leave, too: fewer "
+                     f"than {counts.parameters(sizes):,} parameters may stay")  # fmt: skip
     if list(sizes) == list(counts.before):
         notes.append(f"nothing is pruned: no smaller shape meets {asked} as well")
     return Budget(
@@ -138,6 +124,55 @@ def solve_budget(
         milliseconds=float(measure(sizes)) if asked.kind == "milliseconds" else None,
         notes=tuple(notes),
     )
+
+
+def check_target(model_config: PretrainedConfig, target: Target, **settings: Any) -> None:
+    """InputError where no sizes, of all layers or of each, meet `target`.
+
+    settings: prune, granularity, heads, gpu, context, tensor_parallel, as `solve_budget` takes
+    them. It is what can be said before error curves are there.
+    """
+    _question(model_config, target, **settings, scheme="")
+
+
+def _question(
+    model_config: PretrainedConfig,
+    target: Target,
+    prune: Collection[str],
+    granularity: int,
+    heads: str,
+    gpu: str | LatencyModel,
+    context: int,
+    tensor_parallel: int,
+    scheme: str,
+) -> tuple[_Question, Callable[[int], list[dict[str, list]]]]:
+    """The question of `solve_budget`, and the options at any granularity."""
+    moves = _moves(prune, target)
+    if heads not in MODES:
+        raise InputError(f"heads: wanted one of {', '.join(MODES)}, found {heads!r}")
+    for name, value in (("granularity", granularity), ("tensor_parallel", tensor_parallel)):
+        if value < 1:
+            raise InputError(f"{name}: wanted a number >= 1, found {value}")
+    counts, ranks = Counts.of(model_config), 1
+    if target.kind == "milliseconds":
+        measure = milliseconds_of(model_config, counts, gpu, context, tensor_parallel, scheme)
+        ranks = tensor_parallel
+    else:
+        measure = counts.parameters if target.kind == "parameters" else counts.kv_bytes_per_token
+    mapped = head_maps(model_config)
+
+    def options(step: int) -> list[dict[str, list]]:
+        return [
+            {
+                "mlp": _neurons(size, step, ranks),
+                "attention": _heads(size, heads, ranks)[: 1 if fixed else None],
+            }
+            for size, fixed in zip(counts.before, mapped, strict=True)
+        ]
+
+    question = _Question(target, measure, counts, moves, options(granularity))
+    _refuse_unreachable(question, granularity)
+    return question, options
 
 
 def _moves(prune: Collection[str], target: Target) -> tuple[str, ...]:
@@ -203,8 +238,8 @@ def _refuse_unreachable(question: _Question, granularity: int) -> None:
     before = question.measure(counts.before)
     if target.value > before:
         raise InputError(f"target: wanted {target}, the model has {target.like(before)}")
-    steps = max(len(question.options[0][name]) - 1 for name in question.moves)
-    if target.value < after - (before - after) / steps / 2:
+    steps = max(len(one[name]) - 1 for one in question.options for name in question.moves)
+    if target.value < after - (before - after) / max(1, steps) / 2:
         raise InputError(f"target: wanted {target}, {what} can shrink to {target.like(after)}")
 
 
@@ -325,44 +360,6 @@ def _with(size: LayerSize, name: str, value: Any) -> LayerSize:
     if name == "mlp":
         return size._replace(neurons=value)
     return size._replace(heads=value[0], kv_heads=value[1])
-
-
-def _milliseconds(
-    config: PretrainedConfig,
-    counts: Counts,
-    gpu: str | LatencyModel,
-    context: int,
-    tensor_parallel: int,
-    scheme: str,
-) -> Callable[[Sequence[LayerSize]], float]:
-    """Time to the first token of a cold prompt; layers that differ each take their share."""
-    from functools import cache
-
-    from slmperf.models.shapes import Shape, shape_of
-    from slmperf.plan import LatencyModel
-
-    latency = LatencyModel.preset(gpu) if isinstance(gpu, str) else gpu
-    base: Shape = shape_of({**config.to_dict(), **counts.first_layer()})
-
-    @cache
-    def of(size: LayerSize) -> tuple[float, float]:
-        from dataclasses import replace
-
-        shape = replace(
-            base, intermediate=size.neurons, heads=size.heads, kv_heads=size.kv_heads, name=""
-        )
-        terms = latency.breakdown(
-            shape, context=context, tensor_parallel=tensor_parallel, scheme=scheme
-        )
-        return terms.layers_ms, terms.total_ms
-
-    def measure(sizes: Sequence[LayerSize]) -> float:
-        if all(size == sizes[0] for size in sizes):
-            return of(sizes[0])[1]
-        layers_ms, total_ms = of(sizes[0])
-        return total_ms - layers_ms + sum(of(size)[0] for size in sizes) / len(sizes)
-
-    return measure
 
 
 def _plain(column: Sequence[int]) -> int | list[int]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slmperf.calibrate import BlockStream, Calibration
+from slmperf.calibrate import BlockStream, Calibration, check_tokenizer, fingerprint
+from slmperf.calibrate.workers import check_single
+from slmperf.data.text import load_tokenizer
 from slmperf.models.streaming import StreamedModel
 from slmperf.prune.block import BlockSizes, layer_name
 from slmperf.prune.layer.solve import Solver
-from slmperf.prune.model import Mode, Progress, Pruning, check_finite, check_mode
+from slmperf.prune.model import Mode, Progress, Pruning, begin, check_finite, check_mode
 from slmperf.prune.results import PruneReport
 from slmperf.prune.sources import Batches, OnePass, Source, UnprunedStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @torch.no_grad()
@@ -42,6 +46,7 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    finish: Callable[[Path, PruneReport], object] | None = None,
 ) -> PruneReport:
     """`prune_model` from the checkpoint in `folder` to one in `out`, a block in memory at a time.
 
@@ -51,10 +56,14 @@ def prune_checkpoint(
     are those of `prune_model`; the report has no model.
 
     dtype: to compute and write in; None: as stored. device: where blocks are computed.
+    finish: called as finish(folder, report) with the whole checkpoint's folder before it takes the
+        place of `out`, to write into it what belongs beside it.
 
+    One process only. A tokenizer of other ids than the folder's own is refused.
     `out` appears when everything is written; on an error it is as it was.
     """
-    start = time.perf_counter()
+    check_single("prune_checkpoint")
+    start = begin(torch.device(device))
     wanted: dict[str, Any] = {
         "intermediate_size": intermediate_size,
         "attention_heads": attention_heads,
@@ -66,14 +75,27 @@ def prune_checkpoint(
     streamed = StreamedModel(folder, out, dtype=dtype, device=device)
     model, blocks = streamed.model, streamed.blocks
     sizes = BlockSizes.of(model.config, **wanted)
-    check_finite(model)
+    check_finite(model, streamed=True)
+    model_hash = fingerprint(model, streamed.first_rows())
+    tokenized = tokenizer is not None or isinstance(calibration, Calibration)
+    own = _tokenizer(Path(folder)) if tokenized else None
+    if own is not None and tokenizer is not None:
+        check_tokenizer(own, tokenizer)
     text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}
     made: Source
     if isinstance(calibration, Calibration):
-        made = OnePass.of(model, calibration, sizes.all_layers(blocks), method)
+        made = OnePass.of(
+            model,
+            calibration,
+            sizes.all_layers(blocks),
+            method,
+            model_hash=model_hash,
+            tokenizer=tokenizer or own,
+        )
     else:
         dense = mode == "dense_target"
         stream = BlockStream(model, blocks, calibration, dense_target=dense, **text)
+        stream.manifest["model"] = model_hash  # the stream sees no block before its turn
         made = UnprunedStream(stream, sizes) if mode == "one_pass" else stream
 
     under_way = Pruning(model, made, sizes, solver, start, torch.device(device))
@@ -84,5 +106,15 @@ def prune_checkpoint(
                 under_way.prune(index, block)
             if progress is not None:
                 progress(index + 1, len(blocks))
-    settings = {**wanted, "mode": mode, "method": method, "damping": damping, "swaps": swaps}
-    return replace(under_way.report(streamed.model, settings), model=None)
+        made_in = streamed.finish()
+        settings = {**wanted, "mode": mode, "method": method, "damping": damping, "swaps": swaps}
+        report = replace(under_way.report(streamed.model, settings), model=None)
+        if finish is not None:
+            finish(made_in, report)
+    return report
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's own tokenizer, where it has one."""
+    there = any((folder / name).is_file() for name in _TOKENIZER)
+    return load_tokenizer(folder) if there else None

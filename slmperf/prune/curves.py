@@ -7,10 +7,9 @@ error after each removal. All of it is of the unpruned model's inputs (mode one_
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,14 +24,15 @@ from slmperf.prune.block import (
     layer_weight,
     neuron_layers,
 )
-from slmperf.prune.heads import plan_heads
+from slmperf.prune.budget import DIMENSIONS
+from slmperf.prune.heads import head_maps, plan_heads
 from slmperf.prune.layer.solve import Solver
-from slmperf.prune.model import check_finite, prune_with
+from slmperf.prune.model import Progress, begin, check_finite, over_batches, prune_with
 from slmperf.prune.results import LayerPruned, PruneReport
 from slmperf.prune.sources import Batches, OnePass
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -44,16 +44,30 @@ def error_curves(
     heads: str = "kv_group",
     damping: float = 0.01,
     source: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     spill: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Relative error of every layer after each removal by `osscar`, for `solve_budget`.
 
     Of "mlp" and "attention" the layers in `prune`, by names such as "model.layers.0.mlp.down_proj";
     the experts of a mixture count as one layer of that name, each of them losing one neuron a
     step. The other arguments are those of `prune_model`; the model is not changed.
+
+    progress: called as progress(steps done, steps) after each batch, where they are a list, and
+        each layer.
     """
     blocks = decoder_blocks(model)
+    unknown = [name for name in prune if name not in DIMENSIONS]
+    if unknown or not prune:
+        found = repr(unknown[0]) if unknown else "none"
+        raise InputError(f"prune: wanted some of {', '.join(DIMENSIONS)}, found {found}")
     plan = plan_heads(model.config, heads=heads)
+    if "attention" in prune and any(head_maps(model.config)):
+        mapped = head_maps(model.config).index(True)
+        raise InputError(
+            f"prune: wanted layers without a head map for 'attention', found one in layer {mapped}"
+        )
     wanted: dict[tuple[int, str], Groups] = {}
     for index, block in enumerate(blocks):
         if "attention" in prune:
@@ -62,9 +76,19 @@ def error_curves(
         if "mlp" in prune:
             wanted |= {(index, name): Groups(None) for name in neuron_layers(block)}
     check_finite(model)
-    made = OnePass.of(model, calibration, wanted, "osscar", source=source, spill=spill)
+    each_batch, progress = over_batches(progress, calibration, len(wanted))
+    text: dict[str, Any] = {
+        "source": source,
+        "tokenizer": tokenizer,
+        "spill": spill,
+        "progress": each_batch,
+    }
+    made = OnePass.of(model, calibration, wanted, "osscar", **text)
     parts: dict[str, list[LayerPruned]] = {}
-    for layer in _solved(model, made, wanted, Solver("osscar", damping, 0)):
+    solved = _solved(model, made, wanted, Solver("osscar", damping, 0))
+    for done, layer in enumerate(solved, start=1):
+        if progress is not None:
+            progress(done, len(wanted))
         experts, _, one = layer.name.partition(".experts.")
         parts.setdefault(f"{experts}.down_proj" if one else layer.name, []).append(layer)
     return {name: _sum(layers) for name, layers in parts.items()}
@@ -78,6 +102,7 @@ def prune_sizes(
     *,
     damping: float = 0.01,
     source: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     spill: str | PathLike[str] | None = None,
 ) -> Iterator[PruneReport]:
     """A copy of the model pruned to each of these numbers of neurons, in the order given.
@@ -88,21 +113,22 @@ def prune_sizes(
     """
     if not intermediate_sizes:
         raise InputError("intermediate_sizes: wanted at least one number of neurons, found none")
-    start = time.perf_counter()
+    start = begin(model.device)
     blocks = decoder_blocks(model)
     asked = [BlockSizes.of(model.config, intermediate_size=size) for size in intermediate_sizes]
     solver = Solver("osscar", damping, 0)
     check_finite(model)
     smallest = BlockSizes.of(model.config, intermediate_size=min(intermediate_sizes))
     wanted = smallest.all_layers(blocks)
-    made = OnePass.of(model, calibration, wanted, "osscar", source=source, spill=spill)
+    text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}
+    made = OnePass.of(model, calibration, wanted, "osscar", **text)
     known = {layer.name: layer for layer in _solved(model, made, wanted, solver)}
     for size, sizes in zip(intermediate_sizes, asked, strict=True):
         settings = {"intermediate_size": size, "mode": "one_pass", "method": "osscar",
                     "damping": damping}  # fmt: skip
         prefixes = Solver("osscar", damping, 0, known)
         yield prune_with(copy.deepcopy(model), made, sizes, prefixes, settings, start)
-        start = time.perf_counter()
+        start = begin(model.device)
 
 
 def _solved(

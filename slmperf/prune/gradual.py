@@ -25,9 +25,11 @@ from torch import Tensor
 
 from slmperf.calibrate import Calibration
 from slmperf.calibrate.tokens import check_batch, token_weights
+from slmperf.calibrate.workers import check_single
 from slmperf.check import InputError
 from slmperf.models.checkpoint import load, write_pretrained
 from slmperf.models.files import write_atomically, write_folder
+from slmperf.models.hashes import add_tensors
 from slmperf.models.structure import decoder_blocks
 from slmperf.prune.block import SIZES, BlockSizes
 from slmperf.prune.heads import head_maps
@@ -93,13 +95,15 @@ class GradualSchedule:
         model: the teacher; it stays as it is, a copy is pruned.
         calibration: batches as `prune_model` takes them, the same ones whenever they are iterated:
             every step reads them anew.
-        tokenizer: written into the checkpoints.
+        tokenizer: of model and text: written into the checkpoints, its hash into the reports.
         progress: called as progress(steps done, steps).
 
-        Raises InputError, before anything is computed or written, for sizes that a step cannot
+        Raises InputError, before anything is computed or written, in one of several
+        torch.distributed workers, for sizes that a step cannot
         have, a calibration without tokens or one that can be read only once, and a folder that
         holds another schedule or one of another model or calibration.
         """
+        check_single("GradualSchedule")
         plan = self._checked(model, calibration)
         path, last = Path(self.folder) / _SCHEDULE, len(self.sizes)
         if not path.exists():
@@ -130,7 +134,9 @@ class GradualSchedule:
         student = copy.deepcopy(teacher) if number == 1 else self._load(number - 1, teacher)
         sizes = self.sizes[number - 1]
         student.requires_grad_(True)
-        report = prune_model(student, calibration, **{**self.settings, **sizes})
+        report = prune_model(
+            student, calibration, **{**self.settings, **sizes}, tokenizer=tokenizer
+        )
         student = report.model
         if self.recover is not None:
             work = self._work(number)
@@ -267,7 +273,5 @@ def _after(config: Any, sizes: BlockSizes) -> SimpleNamespace:
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 of names, types, shapes and contents."""
     whole = hashlib.sha256()
-    for name, tensor in tensors:
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    add_tensors(whole, tensors)
     return whole.hexdigest()

@@ -4,8 +4,8 @@
                shrinks, stock engines run it
     uniform    the same number of query heads leaves every key/value head, which all stay: stock
                engines run it, the cache stays as it is
-    free       any query heads. The head map of our attention op says who reads what; key/value
-               heads that nobody reads any more leave too
+    free       any query heads. The layer's head map (slmperf.ops.head_map) says who reads what;
+               key/value heads that nobody reads any more leave too
 
 With H query heads over G key/value heads only these exist: 12 of 24 query heads cannot stay with 8
 key/value heads, because 12 / 8 is no whole number of readers. Requests are refused here, before

@@ -25,7 +25,7 @@ from slmperf.calibrate import BlockStream, Calibration
 from slmperf.check import InputError
 from slmperf.models.checkpoint import parameters
 from slmperf.models.resize import apply_sizes
-from slmperf.models.structure import decoder_blocks
+from slmperf.models.structure import decoder_blocks, fit_experts
 from slmperf.prune.block import ATTENTION, BlockSizes, Groups, layer_name, layer_weight, remove
 from slmperf.prune.layer.solve import Solver
 from slmperf.prune.results import LayerPruned, PruneReport
@@ -73,17 +73,19 @@ def prune_model(
     method: one of METHODS. swaps: at most so many in each layer (`osscar`).
     source, tokenizer: of the text, for the report: "in-domain: FILE" or "generic: FILE", and what
         made its ids.
-    progress: called as progress(blocks done, blocks) after each block.
+    progress: called as progress(steps done, steps) after each block; where mode one_pass reads a
+        list of batches, after each of them before.
 
     Layers that keep everything are not touched, whatever the mode, and not reported. Of an expert
     that no token reached the neurons with the largest weights stay. Biases of the shrunk
     projections are sliced, those of o_proj and down_proj stay.
 
-    Raises InputError, before anything changes, for impossible sizes, weights that are not finite
-    and batches without tokens. A layer whose inputs are not finite raises it too, by name; where
-    layers before it are pruned already, the message says so.
+    Raises InputError, before anything changes, for impossible sizes, weights that are not finite or
+    not in memory, batches without tokens, and a Calibration of another model or tokenizer. A layer
+    whose inputs are not finite raises it too, by name; where layers before it are pruned already,
+    the message says so.
     """
-    start = time.perf_counter()
+    start = begin(model.device)
     blocks = decoder_blocks(model)
     wanted: dict[str, Any] = {
         "intermediate_size": intermediate_size,
@@ -99,12 +101,36 @@ def prune_model(
     made: Source
     text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}
     if mode == "one_pass":
+        text["progress"], progress = over_batches(progress, calibration, len(blocks))
         made = OnePass.of(model, calibration, sizes.all_layers(blocks), method, **text)
     else:
         batches = cast(Batches, calibration)
         made = BlockStream(model, blocks, batches, dense_target=mode == "dense_target", **text)
     settings = {**wanted, "mode": mode, "method": method, "damping": damping, "swaps": swaps}
     return prune_with(model, made, sizes, solver, settings, start, progress)
+
+
+def begin(device: torch.device) -> float:
+    """A pruning begins: the time (perf_counter); the device's peak memory counts from now on."""
+    if device.type == "cuda":
+        torch.cuda.init()  # a streamed model may not be there yet
+        torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter()
+
+
+def over_batches(
+    progress: Progress | None, calibration: Batches | Calibration, rest: int
+) -> tuple[Callable[[int], object] | None, Progress | None]:
+    """`progress` over a list of batches and `rest` steps after them, as two: what `calibrate` calls
+    and what the rest calls. Where the number of batches is not known, the rest is all there is.
+    """
+    if progress is None or not isinstance(calibration, Sequence):
+        return None, progress
+    first = len(calibration)
+    return (
+        lambda done: progress(done, first + rest),
+        lambda done, of: progress(first + done, first + of),
+    )
 
 
 def check_mode(mode: str, calibration: Batches | Calibration) -> None:
@@ -124,7 +150,7 @@ def prune_with(
     start: float,
     progress: Progress | None = None,
 ) -> PruneReport:
-    """Prune all blocks of a checked model; `start` is when its calibration began (perf_counter)."""
+    """Prune all blocks of a checked model; `start` is when its calibration began (`begin`)."""
     under_way = Pruning(model, made, sizes, solver, start)
     blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
@@ -159,8 +185,7 @@ class Pruning:
         self._before = parameters(model)
         self._device = device or next(model.parameters()).device
         self._start, self._began, self._advance = start, self._now(), 0.0
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        self._model = model
 
     def prune(self, index: int, block: nn.Module) -> None:
         """Prune block `index`, its heads and then its neurons, and go on to the next."""
@@ -169,6 +194,7 @@ class Pruning:
             groups = {name: wanted[name] for name in names if name in wanted}
             if groups:
                 self._prune_layers(index, block, groups)
+        fit_experts(self._model)  # the block is run by `advance`
         start = self._now()
         self._made.advance(index)
         self._advance += self._now() - start
@@ -213,8 +239,15 @@ class Pruning:
         self.layers += layers
 
 
-def check_finite(module: nn.Module, prefix: str = "") -> None:
-    """InputError that names the first weight in memory with a value that is not finite."""
+def check_finite(module: nn.Module, prefix: str = "", *, streamed: bool = False) -> None:
+    """InputError that names the first weight with a value that is not finite, or that is not in
+    memory; only where the module is `streamed`, some need not be.
+    """
     for name, weight in module.named_parameters():
+        if weight.is_meta and not streamed:
+            raise InputError(
+                f"prune_model: wanted the model in memory, found {prefix}{name} on the meta "
+                "device; prune_checkpoint prunes what does not fit"
+            )
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise InputError(f"prune_model: {prefix}{name} holds values that are not finite")

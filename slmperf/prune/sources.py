@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slmperf.calibrate import BlockStream, Calibration, Gram, calibrate, fingerprint
+from slmperf.calibrate import (
+    BlockStream,
+    Calibration,
+    Gram,
+    calibrate,
+    fingerprint,
+    text_hash,
+)
 from slmperf.check import InputError
 from slmperf.models.structure import decoder_blocks
 from slmperf.prune.block import BlockSizes, Groups, layer_name, layer_weight
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -50,20 +57,33 @@ class OnePass:
         calibration: Batches | Calibration,
         wanted: Mapping[tuple[int, str], Groups],
         method: str,
+        *,
+        model_hash: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
     ) -> OnePass:
         """Of a Calibration, or of batches: then with `settings` of `calibrate`.
 
-        wanted: what stays of which layer, by block and name within it. Raises InputError where one
-        of them has no fitting, finite Gram matrix.
+        wanted: what stays of which layer, by block and name within it.
+        model_hash: the `fingerprint` of the model; None: to be taken from what is in memory.
+
+        Raises InputError for a Calibration of another model or another tokenizer, and where a layer
+        wanted has no fitting, finite Gram matrix.
         """
         names = {layer_name(*key): groups.group_size for key, groups in wanted.items()}
         if isinstance(calibration, Calibration):
             made = calibration
         else:
-            made = calibrate(model, calibration, list(names), group_sizes=names, **settings)
-        if made.manifest["model"] != (fingerprint(model) or made.manifest["model"]):
+            settings |= {"group_sizes": names, "tokenizer": tokenizer}
+            made = calibrate(model, calibration, list(names), **settings)
+        if made.manifest["model"] != (model_hash or fingerprint(model)):
             raise InputError("calibration: wanted Gram matrices of this model, found another's")
+        text = made.manifest["tokenizer"]
+        if tokenizer is not None and text and text != text_hash(tokenizer):
+            raise InputError(
+                "calibration: wanted Gram matrices of text in this tokenizer's ids, "
+                "found another tokenizer's"
+            )
         blocks = decoder_blocks(model)
         for (index, layer), groups in wanted.items():
             name = layer_name(index, layer)

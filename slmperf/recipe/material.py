@@ -28,7 +28,7 @@ from slmperf.data import (
 )
 from slmperf.evaluate import Run, floor_runs
 from slmperf.models.files import sha256_of
-from slmperf.prune.command.texts import Vocabulary, read_sequences
+from slmperf.prune.texts import Vocabulary, read_sequences
 from slmperf.recipe.manifest import digest
 from slmperf.recipe.results import DataFacts
 from slmperf.recipe.schema import Data, Subset

@@ -21,6 +21,7 @@ KIND_COLOURS = {
     "kd": "#4477aa",
     "prune_mlp": "#228833",
     "prune_attention": "#aa3377",
+    "prune_gradual": "#66ccee",
     "quantise": "#ee6677",
     "floor": "#777777",
 }
@@ -30,6 +31,7 @@ KIND_NAMES = {
     "kd": "distilled",
     "prune_mlp": "MLP pruned, not retrained",
     "prune_attention": "attention pruned, not retrained",
+    "prune_gradual": "pruned in steps, retrained after each",
     "quantise": "quantised",
 }
 PART_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#bbbbbb")

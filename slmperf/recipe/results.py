@@ -33,7 +33,16 @@ from typing import Any
 from slmperf.check import InputError
 
 # The kinds of a stage; the plots colour by them.
-KINDS = ("floor", "teacher", "sft", "kd", "prune_mlp", "prune_attention", "quantise")
+KINDS = (
+    "floor",
+    "teacher",
+    "sft",
+    "kd",
+    "prune_mlp",
+    "prune_attention",
+    "prune_gradual",
+    "quantise",
+)
 
 # The comparisons laid out like the paper's tables, with the roles their rows may have, in order.
 # The first role is the row that every delta of the table is taken against.

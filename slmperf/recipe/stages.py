@@ -35,7 +35,7 @@ from slmperf.recipe.schema import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CURVE = 50  # points of the loss curve in a manifest, each a mean over its part of the steps
 CALIBRATION_BATCH = 16  # sequences of one batch whose inputs go into the Gram matrices
@@ -59,11 +59,11 @@ def make(
     """Run one job. finished: the keys of job.parents -> folder of their checkpoint."""
     stage = job.stage
     if isinstance(stage, PruneMlpStage | PruneAttentionStage):
-        return prune(
-            stage, models.load(finished["from"]), _calibrated_on(stage, material), progress
-        )
+        source, sequences = _calibrated_on(stage, material)
+        model = models.load(finished["from"])
+        return prune(stage, model, sequences, progress, source=source, tokenizer=material.tokenizer)
     if isinstance(stage, PruneGradualStage):
-        return prune_gradual(job, material, models.load(finished["from"]), folder)
+        return prune_gradual(job, material, models.load(finished["from"]), folder, progress)
     if isinstance(stage, QuantiseStage):
         model = models.load(finished["from"])
         quantize_model(model, Int8())
@@ -184,8 +184,14 @@ def prune(
     model: PreTrainedModel,
     sequences: Sequence[np.ndarray],
     progress: Callable[[int, int], None],
+    *,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Made:
-    """Prune the model as the stage says, calibrated on `sequences` (T,) of token ids."""
+    """Prune the model as the stage says, calibrated on `sequences` (T,) of token ids.
+
+    source, tokenizer: of the sequences, for the report (`prune_model`).
+    """
     batches = list(calibration(sequences, stage.calibration_rows))
     sizes: dict[str, Any]
     if isinstance(stage, PruneMlp):
@@ -196,12 +202,26 @@ def prune(
             "key_value_heads": stage.kv_heads,
             "heads": stage.head_mode,
         }
-    report = prune_model(model, batches, **sizes, **_pruning_settings(stage), progress=progress)
+    report = prune_model(
+        model,
+        batches,
+        **sizes,
+        **_pruning_settings(stage),
+        source=source,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
     assert report.model is not None  # it was just pruned
     return Made(report.model, pruning=_pruned([report]))
 
 
-def prune_gradual(job: Job, material: Material, model: PreTrainedModel, folder: Path) -> Made:
+def prune_gradual(
+    job: Job,
+    material: Material,
+    model: PreTrainedModel,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Made:
     """Prune in steps; after each the unpruned model teaches what is left."""
     stage, context = job.stage, material.builder.context
     sequences = material.sequences(stage.subset)
@@ -215,15 +235,16 @@ def prune_gradual(job: Job, material: Material, model: PreTrainedModel, folder: 
         # Beside the schedule, for a run that goes on after this step.
         write_atomically(folder / f"training-{step.number}.json", json.dumps(told))
 
+    source, texts = _calibrated_on(stage, material)
+    batches = list(calibration(texts, stage.calibration_rows))
     schedule = GradualSchedule(
         sizes=[{"intermediate_size": size} for size in stage.intermediate],
         recover=recover,
         folder=folder / "gradual",
-        settings=_pruning_settings(stage),
+        settings={**_pruning_settings(stage), "source": source},
         seed=job.seed,
     )
-    batches = list(calibration(_calibrated_on(stage, material), stage.calibration_rows))
-    reports = schedule.run(model, batches)
+    reports = schedule.run(model, batches, tokenizer=material.tokenizer, progress=progress)
     steps = range(1, len(reports) + 1)
     trainings = [json.loads((folder / f"training-{step}.json").read_text()) for step in steps]
     assert reports[-1].model is not None  # of the last step there is one
@@ -234,11 +255,15 @@ def _pruning_settings(stage: Any) -> dict[str, Any]:
     return {"method": stage.method, "mode": stage.mode, "damping": stage.damping}
 
 
-def _calibrated_on(stage: Any, material: Material) -> list[np.ndarray]:
-    """Token ids of what a stage of pruning is calibrated on."""
-    if stage.calibration_text is not None:
-        return material.texts[stage.calibration_text].sequences
-    return [one.input_ids for one in material.sequences(stage.subset)]
+def _calibrated_on(stage: Any, material: Material) -> tuple[str, list[np.ndarray]]:
+    """What a stage of pruning is calibrated on: where it is from, in words, and its token ids."""
+    name = stage.calibration_text
+    if name is not None:
+        return f"generic: {name}", material.texts[name].sequences
+    return (
+        f"in-domain: {material.facts.source}",
+        [one.input_ids for one in material.sequences(stage.subset)],
+    )
 
 
 def _pruned(reports: Sequence[PruneReport]) -> dict[str, Any]:
@@ -254,7 +279,8 @@ def _pruned(reports: Sequence[PruneReport]) -> dict[str, Any]:
         for layer in report.layers
     ]
     seconds = round(sum(report.seconds for report in reports), 3)
-    return {"tokens": reports[0].tokens, "seconds": seconds, "layers": layers}
+    about = {key: reports[0].calibration[key] for key in ("source", "tokens")}
+    return {**about, "seconds": seconds, "layers": layers}
 
 
 def calibration(sequences: Sequence[np.ndarray], count: int) -> Iterator[dict[str, torch.Tensor]]:

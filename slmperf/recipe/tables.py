@@ -26,7 +26,7 @@ from slmperf.recipe.results import (
 from slmperf.recipe.schema import Recipe
 from slmperf.recipe.scoring import metrics
 
-KINDS = {"distil": "kd", "prune_gradual": "kd"}  # other stages are called the same in the results
+KINDS = {"distil": "kd"}  # other stages are called the same in the results
 
 
 def tabulate(

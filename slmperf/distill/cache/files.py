@@ -27,6 +27,7 @@ from torch import Tensor
 
 from slmperf.check import InputError
 from slmperf.models.files import sha256_of, write_atomically
+from slmperf.models.hashes import add_tensors, canonical, text_state
 from slmperf.ops import TeacherHead
 
 if TYPE_CHECKING:
@@ -92,35 +93,21 @@ def hash_of_model(model: PreTrainedModel | str | os.PathLike[str]) -> str:
             whole.update(f"{sha256_of(path)}  {path.name}\n".encode())
         return f"files:{whole.hexdigest()}"
     config = json.loads(model.config.to_json_string(use_diff=False))
-    whole.update(_canonical({key: config[key] for key in config if key not in _PASSING}))
-    for name, tensor in sorted(model.state_dict().items()):
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        whole.update(content.numpy())
+    whole.update(canonical({key: config[key] for key in config if key not in _PASSING}))
+    add_tensors(whole, sorted(model.state_dict().items()))
     return f"parameters:{whole.hexdigest()}"
 
 
 def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) -> str:
     """What a tokenizer, or the one in a folder, is recognised by: SHA-256 over all that makes ids
-    of text (a fast tokenizer's state without padding and truncation, which calls change; of others
-    their vocabulary) and its special tokens.
+    of text (`text_state`) and its special tokens.
     """
     if isinstance(tokenizer, str | os.PathLike):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state = tokenizer.get_vocab()
-    else:
-        state = json.loads(backend.to_str())
-        state = {key: state[key] for key in state if key not in ("padding", "truncation")}
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(_canonical([state, special])).hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(canonical([text_state(tokenizer), special])).hexdigest()
 
 
 class Known:

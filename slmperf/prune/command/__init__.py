@@ -1,2 +1,2 @@
-"""`slmperf prune`: options (commands), what they ask for (job), files of text (texts), methods side
-by side (compare), what is printed and drawn (report)."""
+"""`slmperf prune`: options (commands) as they were given (asked), what they come to (job), what is
+printed and drawn (report)."""

@@ -61,6 +61,13 @@ def prune(
         str, Option(help="Calibrate on lines of this split; all but eval if empty.")
     ] = "",
     samples: Annotated[int, Option(help="Calibration sequences, at most.")] = 512,
+    generic_samples: Annotated[
+        int | None, Option(help="The same of --generic; as --samples if not given.")
+    ] = None,
+    answers_only: Annotated[
+        bool,
+        Option("--answers-only", help="Only tokens before those of answers or completions count."),
+    ] = False,
     context: Annotated[
         int | None, Option(help="Tokens of a sequence; as trained, at most 2048, if not given.")
     ] = None,
@@ -93,9 +100,11 @@ def prune(
     """Prune MLP neurons and attention heads of a model, to sizes or to a target.
 
     Writes the checkpoint with pruning.json (a row for each layer) and pruning.svg (error curves);
-    with --compare only comparison.json and comparison.svg.
+    with --compare only comparison.json and comparison.svg. Stock Transformers reads it, or
+    slmperf.models where layers differ; slmperf.models.export_for_engine writes those for vLLM.
     """
-    from slmperf.prune.command.job import Asked, Job
+    from slmperf.prune.command.asked import Asked, Texts
+    from slmperf.prune.command.job import Job
 
     asked = Asked(
         params=params,
@@ -120,17 +129,17 @@ def prune(
         stream=stream,
     )
     files = {"in-domain": calibration, "generic": generic}
-    job = Job.read(
-        model,
-        out,
-        asked,
-        {source: path for source, path in files.items() if path is not None},
+    texts = Texts(
+        files={source: path for source, path in files.items() if path is not None},
         split=split or None,
         samples=samples,
+        generic_samples=generic_samples,
+        answers_only=answers_only,
         context=context,
         evaluate=evaluate,
         eval_split=eval_split,
     )
+    job = Job.read(model, out, asked, texts)
     (_compare if compare else _prune)(job)
 
 
@@ -139,8 +148,10 @@ def _prune(job: Job) -> None:
 
     for note in job.notes:
         typer.echo(note)
-    with _bar("prune") as progress:
-        done = job.prune(progress)
+    with _bars() as stage:
+        done = job.prune(stage)
+    for note in done.notes:
+        typer.echo(note)
     _print(layer_table(done.report))
     typer.echo(summary(done.report))
     if done.after is not None:
@@ -153,11 +164,13 @@ def _compare(job: Job) -> None:
 
     for note in job.notes:
         typer.echo(note)
-    with _bar("compare") as progress:
-        found = job.compare(progress)
+    with _bars() as stage:
+        found = job.compare(stage)
     _print(comparison_table(found))
     for name, seconds in found.pass_seconds.items():
-        typer.echo(f"{name}: {found.tokens[name]:,} tokens, one pass {seconds:.1f} s")
+        order = found.elimination_seconds.get(name)
+        more = "" if order is None else f", one elimination for all sizes {order:.1f} s"
+        typer.echo(f"{name}: {found.tokens[name]:,} tokens, one pass {seconds:.1f} s{more}")
     typer.echo(f"wrote {job.out}")
 
 
@@ -169,12 +182,15 @@ def _print(table: Any) -> None:
 
 
 @contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left, moved by calls of (done, total); off a terminal invisible."""
+def _bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars with the time left, one under the other, of each title one that starts at its first call
+    of (done, total); off a terminal invisible.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
+        TaskID,
         TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
@@ -189,5 +205,15 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
         disable=not sys.stderr.isatty(),
     )
     with shown:
-        task = shown.add_task(title, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+        def stage(title: str) -> Callable[[int, int], None]:
+            tasks: list[TaskID] = []
+
+            def move(done: int, total: int) -> None:
+                if not tasks:
+                    tasks.append(shown.add_task(title, total=None))
+                shown.update(tasks[0], completed=done, total=total)
+
+            return move
+
+        yield stage

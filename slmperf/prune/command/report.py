@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from slmperf.prune.command.compare import Comparison, Row
+    from slmperf.prune.compare import Comparison
     from slmperf.prune.results import LayerPruned, PruneReport
 
 # Paul Tol's bright scheme: distinct for the colour-blind.
@@ -54,7 +54,7 @@ def summary(report: PruneReport) -> str:
     device = "" if report.device_peak_mib is None else f", {report.device_peak_mib:,.0f} MiB on GPU"
     forwards, beside = report.forwards_seconds, ""
     if forwards:
-        beside = f", {report.seconds / forwards:.2f} x the two forward passes that it needs"
+        beside = f", {report.seconds / forwards:.2f} x two passes through the pruned blocks"
     return (
         f"{report.parameters_before:,} -> {report.parameters_after:,} parameters "
         f"({100 * (report.parameters_after / report.parameters_before - 1):+.1f}%) in "
@@ -64,22 +64,21 @@ def summary(report: PruneReport) -> str:
 
 def comparison_table(found: Comparison) -> Table:
     """A row for each method, size and calibration set; the best of each point is marked by *."""
-    sets = len(found.tokens) > 1
-    columns = ["size", "parameters", "method", "layer error %", found.measure, "seconds"]
-    if sets:
-        columns.insert(2, "calibration")
+    sets, scored = len(found.tokens) > 1, found.before is not None
+    columns = ["size", "parameters", *["calibration"] * sets, "method", "layer error %"]
+    columns += [*[found.measure] * scored, "seconds"]
     table = _table(f"{found.mode}; errors are means over the layers pruned", columns)
-    first = ["before", f"{found.parameters:,}", *([""] * sets), "", "", _number(found.before), ""]
-    table.add_row(*first, end_section=True)
+    first = ["before", f"{found.parameters:,}", *[""] * (2 + sets)]
+    table.add_row(*first, *[_number(found.before)] * scored, "", end_section=True)
     for number, row in enumerate(found.rows):
-        best = found.best(row.calibration, row.sizes, "error").error
+        error, score = found.best(row)
         cells = [
             size_text(row.sizes),
             f"{row.parameters:,}",
-            *([row.calibration] * sets),
+            *[row.calibration] * sets,
             row.method,
-            f"{100 * row.error:.4g}" + "*" * (row.error == best),
-            _number(row.score) + "*" * (row.score is not None and row.score == _best(found, row)),
+            f"{100 * row.error:.4g}" + "*" * (row.error == error),
+            *[_number(row.score) + "*" * (row.score == score)] * scored,
             f"{row.seconds:.2f}",
         ]
         last = number + 1 == len(found.rows) or found.rows[number + 1].sizes != row.sizes
@@ -158,15 +157,6 @@ def plot_comparison(found: Comparison, path: str | Path) -> None:
         axes.set_xlabel("parameters, millions")
     panels[0].legend(fontsize=8, frameon=False)
     _save(figure, path, kind)
-
-
-def _best(found: Comparison, row: Row) -> float | None:
-    at = [
-        one.score
-        for one in found.rows
-        if (one.calibration, one.sizes) == (row.calibration, row.sizes) and one.score is not None
-    ]
-    return max(at) if found.measure == "AUC" else min(at, default=None)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

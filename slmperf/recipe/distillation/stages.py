@@ -49,7 +49,14 @@ def make(
         return Made(models.load(base / stage.checkpoint))
     if isinstance(stage, PruneMlp | PruneAttention):
         sequences = [one.input_ids for one in material.training]
-        return recipe_stages.prune(stage, models.load(finished["from"]), sequences, progress)
+        return recipe_stages.prune(
+            stage,
+            models.load(finished["from"]),
+            sequences,
+            progress,
+            source="in-domain: the recipe's text",
+            tokenizer=material.tokenizer,
+        )
     config = training_config(stage.training, material.context, job.seed, folder, job.folder)
     model = start(job, material, finished)
     result = train(
