@@ -15,8 +15,9 @@ from slmperf.check import InputError
 from slmperf.data import PromptBuilder, Task, prompt_texts, read_prompts, train_tokenizer
 from slmperf.data.text import train_text_tokenizer
 from slmperf.models.quantized import QuantizedLinear
+from slmperf.prune import texts
 from slmperf.prune.budget import solve_budget
-from slmperf.prune.command import commands, texts
+from slmperf.prune.command import commands
 from slmperf.prune.compare import compare_methods
 from slmperf.prune.results import PruneReport
 from slmperf.prune.texts import Vocabulary, read_calibration, read_measure
@@ -271,7 +272,7 @@ def test_one_elimination_serves_all_sizes(slmperf, folder, monkeypatch):
 
 def test_comparison_hands_on_where_to_spill_and_who_made_the_ids(folder, monkeypatch):
     """--spill and the tokenizer reach the pass of mode one_pass and every pruning."""
-    from slmperf.prune.command import compare
+    import slmperf.prune.compare as compare
 
     given = []
 
