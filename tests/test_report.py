@@ -38,7 +38,7 @@ STAGES = [
     ("MLP -25%, one-shot", "prune_mlp", 294_336, 0.8098, 16.8),
     ("MLP -25%, SFT", "sft", 294_336, 0.8105, 16.8),
     ("MLP -25%, KD", "kd", 294_336, 0.8169, 16.8),
-    ("MLP -50%, two steps, KD", "kd", 257_472, 0.8165, 15.5),
+    ("MLP -50%, two steps, KD", "prune_gradual", 257_472, 0.8165, 15.5),
     ("half the heads", "prune_attention", 239_040, 0.7901, 10.1),
     ("half the heads, KD", "kd", 239_040, 0.8159, 10.1),
     ("int8", "quantise", 239_040, 0.8157, 12.9),
@@ -188,6 +188,9 @@ def test_the_papers_figures_stand_beside_ours_and_say_so(tmp_path):
     markdown, html = written(whole_run(), tmp_path)
     for kind, roles in COMPARISONS.items():
         assert f"## {paper.TITLES[kind]}" in markdown
+        if kind == "calibration":  # of which the paper states a finding and no AUC
+            assert kind not in paper.AUC_DELTAS
+            continue
         assert set(roles) == set(paper.AUC_DELTAS[kind]), "every role has the paper's figure"
         assert paper.AUC_DELTAS[kind]["baseline"][0].delta_pct == 0
     assert (

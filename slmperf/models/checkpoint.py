@@ -54,6 +54,8 @@ def add_older_fields(folder: str | os.PathLike[str]) -> None:
     Readers that do not know `rope_parameters` would silently take their defaults.
     """
     path = Path(folder) / "config.json"
+    if not path.exists():  # adapters alone have none
+        return
     fields = json.loads(path.read_text(encoding="utf-8"))
     older = older_rope_fields(fields.get("rope_parameters"))
     if older:
