@@ -571,7 +571,9 @@ def test_a_gpu_prunes_to_the_same(mode: str) -> None:
 WORKER = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from test_prune_model import model_of, prune_model, random_batches, save
+from small_pruning import model_of, random_batches
+from slmperf.models import save
+from slmperf.prune import prune_model
 rank, mode, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group(
     "gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
