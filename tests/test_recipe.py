@@ -225,6 +225,7 @@ def test_a_stage_whose_input_changed_is_made_again(copied, rows, capsys):
     assert "narrow: made from other inputs, made again" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # half a minute; one kill of a training is in test_distill.py
 def test_killed_three_times_and_gone_on_with(undisturbed, rows, tmp_path):
     """kill -9 at random moments: the metrics and weights are those of the undisturbed run."""
     out, seed = tmp_path / "out", random.SystemRandom().randrange(10**6)
