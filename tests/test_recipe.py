@@ -304,6 +304,11 @@ def refused(capsys, monkeypatch, recipe: Path, out: Path, data: Path | None = No
         ("kv_heads: 1,", "heads: 1,", "(fewer-heads).heads: 1 query heads are no whole groups"),
         ("heads: 2, head_mode: uniform", "heads: 3, head_mode: uniform", "nearest legal: 4/2, 2/"),
         ("intermediate: 24", "intermediate: 24, calibration_text: no.txt", "no.txt: wanted a file"),
+        (
+            "intermediate: 24",
+            "intermediate: 24, calibration_text: no.txt, subset: {members: 0.5}",
+            "expected one of `subset` and `calibration_text`, found both",
+        ),
         ("from: student,", "from: sutdent,", "stages[3] (narrow).from: no stage is named 'sutd"),
         ("from: narrow-kd", "from: int8", "reads itself: fewer-heads <- int8 <- fewer-heads"),
         ("from: narrow,", "from: teacher,", "narrow-kd is a mixture of experts, expected a dense"),

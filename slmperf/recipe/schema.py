@@ -252,6 +252,13 @@ class _Calibrated(_Pruning):
     subset: Subset = Subset()  # calibrate on its training sequences
     calibration_text: str | None = None  # or on this file's text, seen from the recipe's folder
 
+    @model_validator(mode="after")
+    def _one_calibration(self) -> _Calibrated:
+        trains = "training" in type(self).model_fields  # then on the subset
+        if self.calibration_text and "subset" in self.model_fields_set and not trains:
+            raise ValueError("expected one of `subset` and `calibration_text`, found both")
+        return self
+
 
 class PruneMlpStage(PruneMlp, _Calibrated):
     """The same where there are members and text of other kinds to calibrate on."""
