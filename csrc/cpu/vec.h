@@ -44,6 +44,12 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec at_least(float bound, Vec a) { return {_mm512_max_ps(_mm512_set1_ps(bound), a.v)}; }
+inline Vec at_most(float bound, Vec a) { return {_mm512_min_ps(_mm512_set1_ps(bound), a.v)}; }
+// The largest power of 2 that is at most |a|, for normal a; 0 for smaller ones.
+inline Vec power_of_2_below(Vec a) {
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7f800000)))};
+}
 inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec where_nonzero(Vec weight, Vec a) {
@@ -106,6 +112,10 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec at_least(float bound, Vec a) { return {_mm256_max_ps(_mm256_set1_ps(bound), a.v)}; }
+inline Vec at_most(float bound, Vec a) { return {_mm256_min_ps(_mm256_set1_ps(bound), a.v)}; }
+inline Vec power_of_2_below(Vec a) {
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)))};
+}
 inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec where_nonzero(Vec weight, Vec a) {
@@ -200,6 +210,8 @@ inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec at_least(float bound, Vec a) { return {bound > a.v ? bound : a.v}; }
+inline Vec at_most(float bound, Vec a) { return {bound < a.v ? bound : a.v}; }
+inline Vec power_of_2_below(Vec a) { return {from_bits(to_bits(a.v) & 0x7f800000u)}; }
 inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
 inline Vec where_nonzero(Vec weight, Vec a) { return {weight.v != 0.0f ? a.v : 0.0f}; }
