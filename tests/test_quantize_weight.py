@@ -95,7 +95,7 @@ def test_gptq_gives_the_codes_of_the_naive_algorithm(block: int, order: str) -> 
     factor = reversed_cholesky(columns.gram)
     assert factor is not None
     columns.gptq(factor)
-    codes = columns.codes(scales)
+    codes = columns.codes()
     wanted, margin = naive_gptq(weight, gram, scales.scale, places)
     rows = (codes != wanted).any(1)  # after a tie went the other way a row is another problem
     assert (margin[rows].amin(1) < 1e-3).all()
@@ -145,7 +145,7 @@ def test_descent_is_monotone_and_ends_where_no_single_code_helps(name: str) -> N
     curve, codes = [], None
     for _ in range(60):
         columns.descend()
-        before, codes = codes, columns.codes(scales)
+        before, codes = codes, columns.codes()
         made = QuantizedWeight(codes, *scales, report=None)  # type: ignore[arg-type]
         curve.append(float(errors(weight, made, gram, spec).sum()))
         if before is not None and torch.equal(before.float(), codes.float()):

@@ -106,16 +106,18 @@ class WeightSpec:
             raise InputError(f"group_size {group} does not divide {inputs} inputs")
         return outputs, inputs // group
 
-    def spread(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Scales or zero points, one per entry of a weight `shape` (out, in); a copy where several
-        entries share one, else a view."""
+    def spread(self, values: Tensor, shape: tuple[int, int], rows: Tensor | None = None) -> Tensor:
+        """Scales or zero points, one per entry of a weight `shape` (out, in), or of these rows of
+        it; a view where all of a row share one."""
         outputs, inputs = shape
-        group = self.group_of(inputs)
-        if values.shape[1] > 1:
-            values = values.repeat_interleave(group, dim=1)[:, :inputs]
+        if rows is None:
+            rows = torch.arange(outputs, device=values.device)
         if self.block is not None:
-            values = values.repeat_interleave(self.block[0], dim=0)[:outputs]
-        return values.expand(shape)
+            rows = rows // self.block[0]
+        values = values[rows] if len(values) > 1 else values.expand(len(rows), -1)
+        if values.shape[1] > 1:
+            values = values.repeat_interleave(self.group_of(inputs), dim=1)[:, :inputs]
+        return values.expand(-1, inputs)
 
     def scales(self, weight: Tensor, dtype: torch.dtype | None = None) -> Scales:
         """Scales that reach the largest values of `weight` (out, in), floating and finite.

@@ -14,6 +14,7 @@ from torch import Tensor
 from slmperf.ops.round_columns import round_columns
 from slmperf.ops.weight_spec import Scales, WeightSpec
 
+_ROWS = 256  # of the Gram matrix in its own dtype at a time
 BLOCK = 64  # columns: the product stays efficient, and the steps of a tile in the first-level cache
 
 
@@ -115,11 +116,21 @@ class Columns:
         )
         torch.sub(self.weight[start:end], self.current[start:end], out=self.error[start:end])
 
-    def codes(self, scales: Scales) -> Tensor:
-        """The codes (out, in) of the current values, which are on the grid of `scales`."""
-        values = torch.empty_like(self.current)
-        values[self.order] = self.current
-        return self.spec.encode(values.T, scales).contiguous()
+    def codes(self) -> Tensor:
+        """The codes (out, in) of the current values, which are on the grid."""
+        made = torch.empty_like(self.current, dtype=torch.int8)
+        for start in range(0, len(self.order), self._block):
+            part = slice(start, start + self._block)
+            code = self.current[part] / self._scale[self._group[part]]
+            if self.spec.kind == "float":
+                made[part] = code.to(torch.float8_e4m3fn).view(torch.int8)
+                continue
+            code.round_()
+            if self._zero_point is not None:
+                code += self._zero_point[self._group[part]]
+            made[part] = code.to(torch.int8)
+        place = torch.argsort(self.order)
+        return made.T[:, place].contiguous().view(self.spec.code_dtype)
 
 
 def normalised(gram: Tensor, order: Tensor) -> Tensor:
@@ -127,9 +138,9 @@ def normalised(gram: Tensor, order: Tensor) -> Tensor:
     mean = gram.diagonal().double().mean()
     scale = torch.where(mean > 0, 1 / mean, 1.0)
     found = torch.empty(gram.shape, dtype=torch.float32, device=gram.device)
-    for start in range(0, len(order), 1024):  # no second matrix in the Gram's own dtype
-        rows = order[start : start + 1024]
-        found[start : start + 1024] = gram[rows][:, order] * scale
+    for start in range(0, len(order), _ROWS):  # no second matrix in the Gram's own dtype
+        rows = order[start : start + _ROWS]
+        found[start : start + _ROWS] = gram[rows][:, order] * scale
     return found
 
 
@@ -139,8 +150,11 @@ def reversed_cholesky(gram: Tensor) -> Tensor | None:
     Then R = L with both reversed is upper triangular and R R' is the matrix. fp64 where fp32 does
     not find it definite; None where that does not either.
     """
+    info = torch.zeros((), dtype=torch.int32, device=gram.device)
     for dtype in (gram.dtype, torch.float64):
-        factor, info = torch.linalg.cholesky_ex(gram.flip(0, 1).to(dtype))
+        # In the place of a copy whose columns are contiguous, as LAPACK wants them.
+        factor = gram.flip(0, 1).to(dtype).mT
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             return factor.to(gram.dtype)
     return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slmperf.ops.weight_spec import Scales, WeightSpec
 
-_ROWS, _COLUMNS = 1024, 512  # of the weight and of the Gram matrix at a time
+_ROWS, _COLUMNS = 256, 512  # of the weight and of the Gram matrix at a time
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,17 @@ class Layer:
         shape = (self.weight.shape[0], self.weight.shape[1])
         diagonal = self.gram.diagonal().double()
         mean, root = float(diagonal.mean()) or 1.0, diagonal.sqrt().to(dtype)
-        scale = None if scales is None else self.spec.spread(scales.scale, shape)
-        zero = scales.zero_point if scales is not None else None
-        zero = None if zero is None else self.spec.spread(zero, shape)
         found = torch.zeros(len(rows), dtype=torch.float64, device=self.weight.device)
         sizes = torch.zeros_like(found)
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)
-            error = self.weight[rows[part]].detach().to(dtype)
-            if codes is not None and scale is not None:
-                value = codes.view(torch.int8)[rows[part]].view(codes.dtype).to(dtype)
-                if zero is not None:
-                    value -= zero[rows[part]]
-                error -= value.mul_(scale[rows[part]])
+            own_rows = rows[part]
+            error = self.weight[own_rows].detach().to(dtype)
+            if codes is not None and scales is not None:
+                value = codes.view(torch.int8)[own_rows].view(codes.dtype).to(dtype)
+                if scales.zero_point is not None:
+                    value -= self.spec.spread(scales.zero_point, shape, own_rows)
+                error -= value.mul_(self.spec.spread(scales.scale, shape, own_rows))
             for column in range(0, shape[1], _COLUMNS):
                 # H is symmetric: what is above its diagonal counts twice.
                 end = min(shape[1], column + _COLUMNS)

@@ -184,7 +184,7 @@ def _solve(
         columns.gptq(factor)
         del factor
     if method == "gptq+quantease":
-        others.insert(0, layer.candidate(columns.codes(scales), scales))
+        others.insert(0, layer.candidate(columns.codes(), scales))
     if method != "gptq":
         for number in range(settings.iterations):
             last = number + 1 == settings.iterations
@@ -198,7 +198,7 @@ def _solve(
             for _ in range(_AFTER_REFIT):
                 columns.descend()
             passes += _AFTER_REFIT
-    codes = columns.codes(scales)
+    codes = columns.codes()
     del columns
     found, guarded = layer.candidate(codes, scales), 0
     for other in others:
@@ -271,8 +271,8 @@ def check_gram(gram: Tensor, inputs: int) -> None:
             f"found {gram.dtype} {tuple(gram.shape)}"
         )
     least, largest, apart = 0.0, 0.0, 0.0
-    for start in range(0, inputs, 1024):
-        rows = slice(start, start + 1024)
+    for start in range(0, inputs, 256):
+        rows = slice(start, start + 256)
         part = gram[rows]
         largest = max(largest, float(part.abs().max()))  # NaN stays NaN only if it comes first
         if not bool(torch.isfinite(part).all()):
