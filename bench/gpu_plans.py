@@ -5,13 +5,11 @@ rows. A section's name begins those of its rows, so that a target that names a r
 """
 
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
@@ -58,6 +56,14 @@ PRUNINGS = {
     "cpu": (((2, 16, 4, 2, 4, 24, 96), 16, 2, 256, 64, 2),),
 }
 SOLVED = {"cuda": ((2048, 1024, 1280), (8192, 3072, 5120)), "cpu": ((64, 32, 40),)}
+# Layers quantised to 4 bits: outputs and inputs, those of Llama-3.1-8B's down_proj among them, and
+# one on both devices. Whole models: shape, scheme, tokens, context, sequences of a batch.
+QUANTIZED = {"cuda": ((4096, 4096), (4096, 14336)), "cpu": ((48, 64),)}
+QUANTIZED_TWICE = {"cuda": (1024, 2048), "cpu": (40, 64)}
+QUANTIZINGS = {
+    "cuda": (("8b", "w4a16", 512 * 2048, 2048, 8),),
+    "cpu": (((2, 128, 4, 2, 32, 128, 96), "w4a16", 256, 64, 2),),
+}
 # One token in so many is an answer, and whether the student's layers are checkpointed.
 TRAIN_KINDS = {"cuda": ((1, False), (1, True), (128, False)), "cpu": ((1, False), (4, True))}
 
@@ -149,29 +155,15 @@ def engine_plan(device):
     """Prefill and ranking latencies of the engine, random weights."""
 
     def work(part, facts, name, layers, context, candidates):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
+        from slmperf.bench.random_model import random_model
         from slmperf.bench.serving.engine import ideal_us, prefill_work
         from slmperf.engine import Engine, prefill_latency, rank_latency
         from slmperf.models.shapes import shape_of
         from slmperf.plan.work import Work
 
         shape = replace(shape_of(name), layers=layers)
-        config = LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=layers,
-            intermediate_size=shape.intermediate, num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads, head_dim=shape.head_size,
-            max_position_embeddings=32768, tie_word_embeddings=shape.tied,
-        )  # fmt: skip
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
         scheme = "bf16" if device == "cuda" else "fp32"
-        with ExitStack() as scope:
-            scope.enter_context(torch.device(device))
-            scope.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(dtype)
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(config)
-        engine = Engine(model, (0, 1))
+        engine = Engine(random_model(shape, 32768, device), (0, 1))
         common = {"shape": str(shape), "layers": layers, "context": context}
         head = f"engine {shape} {layers} layers, {context} tokens"
         prefills = [prefill_latency(engine, context, repeats=1, warmup=warmup).median_ms
@@ -301,6 +293,39 @@ def prune_plan(device):
     return plan
 
 
+def quantize_plan(device):
+    """Layers quantised to 4 bits: costs, the methods' errors, and one on the CPU and the device."""
+    from slmperf.bench.quantize import layer
+    from slmperf.testing.spectra import SPECTRA
+
+    def twice(part, facts, size):
+        row = layer.same_on_both(size, device)
+        yield row
+        if row["error_apart"] > 1e-3:
+            raise Failed(f"{row['name']}: errors are {row['error_apart']:.2g} apart")
+
+    plan = {}
+    for size in (layer.Size(*one) for one in QUANTIZED[device]):
+        plan[str(size)] = lambda part, facts, size=size: layer.measure(size, device, part.seconds)
+    size = layer.Size(*QUANTIZED_TWICE[device])
+    plan[f"{size} on both devices"] = lambda part, facts: twice(part, facts, size)
+    for kind in SPECTRA:
+        plan[f"{size} {kind}"] = lambda part, facts, kind=kind: layer.errors(kind, size, device)
+    return plan
+
+
+def quantize_model_plan(device):
+    """Whole models quantised, a section each."""
+    from slmperf.bench.quantize.model import Quantizing, measure
+    from slmperf.models.shapes import Shape, shape_of
+
+    plan = {}
+    for shape, *rest in QUANTIZINGS[device]:
+        what = Quantizing(shape_of(shape) if isinstance(shape, str) else Shape(*shape), *rest)
+        plan[str(what)] = lambda part, facts, what=what: measure(what, device)
+    return plan
+
+
 def worst_of(rows, name):
     """The figures that hold at every number of tokens, as one row; its time is that of the last of
     ours at the most tokens. A figure that one of the rows lacks is left out.
@@ -333,4 +358,6 @@ BENCHES = {
     "engine": engine_plan,
     "gram": gram_plan,
     "prune": prune_plan,
+    "quantize": quantize_plan,
+    "quantize-model": quantize_model_plan,
 }

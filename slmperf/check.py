@@ -22,6 +22,11 @@ class Shaped(Protocol):
         ...
 
 
+def one_line(error: Exception, longest: int = 300) -> str:
+    """What an exception says, in one line of at most so many letters."""
+    return " ".join(str(error).split())[:longest]
+
+
 def parse_tokens(text: str, what: str = "context") -> int:
     """ "4096" or "4k" (of 1024) -> 4096; InputError for anything that is no whole number >= 1."""
     digits, unit = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)

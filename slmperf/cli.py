@@ -14,8 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from slmperf.bench import commands as bench_commands
+from slmperf.bench.evaluation import command as evaluation
 from slmperf.plan import commands as plan_commands
 from slmperf.prune.command import commands as prune_commands
+from slmperf.quant.command import commands as quant_commands
 
 app = typer.Typer(
     help="Turn a large teacher into a small, fast ranking model, and measure what it costs.",
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(plan_commands.app, name="plan")
 app.command()(prune_commands.prune)
+app.command()(quant_commands.quantize)
+app.command("eval")(evaluation.evaluate)
 
 
 def _print_version(wanted: bool) -> None:

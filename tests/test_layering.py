@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["cli", "recipe", "bench"],
     ["serve", "distill", "prune", "quant"],
+    ["command"],
     ["engine"],
     ["evaluate", "calibrate", "plan"],
+    ["plots"],
     ["models"],
     ["data"],
     ["ops"],

@@ -21,7 +21,7 @@ from transformers import (
 
 import slmperf.models
 from slmperf.check import InputError
-from slmperf.models import QuantizedLinear, files, load, parameters, save, weight_bytes
+from slmperf.models import files, load, parameters, save, weight_bytes
 
 
 @torch.no_grad()
@@ -256,21 +256,6 @@ def test_sharded_checkpoints_load(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "model")), logits(model))
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
     refused(tmp_path / "model", rf"{shards[1].name}: truncated")
-
-
-# ---- layers
-
-
-def test_quantized_linear_refuses_wrong_tensors() -> None:
-    codes, scale = torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1)
-    layer = QuantizedLinear(codes, scale, torch.ones(3))
-    assert torch.equal(layer(torch.ones(2, 4)), torch.full((2, 3), 5.0))
-    with pytest.raises(ValueError, match=r"codes are torch.int32 \(3, 4\)"):
-        QuantizedLinear(codes.int(), scale)
-    with pytest.raises(
-        ValueError, match=r"scale is torch.float32 \(3,\), expected floating \(3, 1\)"
-    ):
-        QuantizedLinear(codes, scale[:, 0])
 
 
 def test_public_names() -> None:

@@ -125,7 +125,7 @@ def test_a_model_file_that_is_none(tmp_path):
 
 
 def test_a_written_recipe_runs_as_it_is(slmperf, tmp_path):
-    """Two cuts of the neurons, one of the heads, int8: on models small enough to train here."""
+    """Two cuts of the neurons, one of the heads, fp8: on models small enough to train here."""
     base = tmp_path / "base"
     base.mkdir()
     config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -159,4 +159,4 @@ def test_a_written_recipe_runs_as_it_is(slmperf, tmp_path):
     code, _, err = slmperf("run", written, "--out", out_folder, "--data", data)
     assert code == 0, err
     assert (out_folder / "report.md").is_file()
-    assert (out_folder / "int8" / "model.safetensors").is_file()
+    assert (out_folder / "fp8" / "model.safetensors").is_file()

@@ -14,16 +14,17 @@ from small_models import llama, mixtral
 from transformers import AutoModelForCausalLM
 
 from slmperf import models
+from slmperf.calibrate import texts
+from slmperf.calibrate.texts import Vocabulary, read_calibration
 from slmperf.check import InputError
 from slmperf.data import PromptBuilder, Task, prompt_texts, read_prompts, train_tokenizer
 from slmperf.data.text import train_text_tokenizer
+from slmperf.engine.quality import read_measure
 from slmperf.models.quantized import QuantizedLinear
-from slmperf.prune import texts
 from slmperf.prune.budget import solve_budget
 from slmperf.prune.command import commands
 from slmperf.prune.compare import compare_methods
 from slmperf.prune.results import PruneReport
-from slmperf.prune.texts import Vocabulary, read_calibration, read_measure
 
 WORDS = "a red fox and two blue birds sat by the old stone bridge near our river".split()
 
@@ -235,7 +236,7 @@ def test_every_part_tells_how_far_it_is(slmperf, folder, monkeypatch):
     def bars():
         yield lambda title: lambda done, total: told.setdefault(title, []).append(done / total)
 
-    monkeypatch.setattr(commands, "_bars", bars)
+    monkeypatch.setattr(commands, "bars", bars)
     monkeypatch.setattr(texts, "_BATCH_TOKENS", 64)
     measured = ("--eval", folder / "ids.jsonl")
     options = ("--params", "18K", "--granularity", 8, "--per-layer", "--mode", "one_pass")
@@ -567,10 +568,10 @@ def test_experts_are_pruned_too(slmperf, folder):
 
 
 def test_quantised_models_are_refused(slmperf, folder):
-    from slmperf.quant import Int8, quantize_model
+    from slmperf.quant import quantize_model
 
     model = llama()
-    quantize_model(model, Int8())
+    quantize_model(model, "w8a8", method="rtn")
     assert any(isinstance(one, QuantizedLinear) for one in model.modules())
     models.save(model, None, folder / "model")
     code, _, wrong = prune(slmperf, folder, "--intermediate", 24)

@@ -18,7 +18,7 @@ from slmperf.distill import DistillationTrainer
 from slmperf.engine import Engine
 from slmperf.models import PrunedForCausalLM, load, save, shrink
 from slmperf.models.structure import sizes_of
-from slmperf.quant import Int8, quantize_model
+from slmperf.quant import quantize_model
 
 
 def test_it_is_distilled(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_it_is_distilled(tmp_path: Path) -> None:
 
 def test_it_is_quantised(tmp_path: Path) -> None:
     model = shrink(made("qwen2"), mlp=[range(24), range(40), range(3)], query_heads=[[0, 2, 3]] * 3)
-    quantize_model(model, Int8())
+    quantize_model(model, "w8a8", method="rtn")
     save(model, None, tmp_path / "int8")
     back = load(tmp_path / "int8")
     assert type(back) is PrunedForCausalLM

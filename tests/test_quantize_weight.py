@@ -312,6 +312,18 @@ def test_a_mask_stays_zero(name: str, method: str) -> None:
         assert float(ours) < 0.9 * float(theirs)
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_views_are_quantised_as_their_copies(name: str) -> None:
+    weight, gram = problem(13, 40, 192, 300)
+    view = weight.T[::2].T  # neither rows nor columns are contiguous
+    made, wanted = (rtn(one, SPECS[name]) for one in (view, view.contiguous()))
+    assert torch.equal(made.codes.view(torch.int8), wanted.codes.view(torch.int8))
+    spec = SPECS[name]
+    found = quantize_weight(view, gram[::2, ::2], spec)
+    wanted = quantize_weight(view.contiguous(), gram[::2, ::2].contiguous(), spec)
+    assert torch.equal(found.codes.view(torch.int8), wanted.codes.view(torch.int8))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_are_those_of_the_file(dtype: torch.dtype) -> None:
     weight, gram = problem(11, 20, 64, 300)

@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from small_models import llama
+from small_quantized import SCHEMES, quantized, replace, set_cache_scales
 from test_shrink import logits, made, neurons
 
 from slmperf.check import InputError
-from slmperf.models import load, save, shrink
+from slmperf.models import load, save, shrink, weight_bytes
 from slmperf.models.streaming import StreamedModel
 from slmperf.models.structure import keep_heads, keep_neurons, sizes_of
 
@@ -58,6 +59,44 @@ def test_streamed_equals_shrunk_in_memory(family: str, counts: list[int], tmp_pa
         index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
         size = sum(tensor.nbytes for tensor in stock.parameters())
         assert index["metadata"]["total_size"] == size
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2", "layers differ"])
+def test_quantised_blocks_are_those_quantised_in_memory(family: str, tmp_path: Path) -> None:
+    if family == "gemma2":
+        config = transformers.Gemma2Config(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+        model = transformers.Gemma2ForCausalLM(config).eval()
+    else:
+        model = made("qwen2" if family == "layers differ" else family)
+    if family == "layers differ":
+        heads = [[0, 2, 3], [0, 1], [0, 1, 4, 6, 7]]
+        model = shrink(model, mlp=neurons(model, [24, 40, 3]), query_heads=heads)
+    schemes = {"q_proj": SCHEMES["w4a16"], "up_proj": SCHEMES["w8a8"], "o_proj": SCHEMES["fp8"]}
+    save(model, None, tmp_path / "dense")
+    with StreamedModel(tmp_path / "dense", tmp_path / "small") as streamed:
+        for index in range(3):
+            with streamed.block(index) as block:
+                set_cache_scales(block.self_attn, index)
+                replace(block, schemes)
+        streamed.model.config.is_marked = True
+    assert streamed.pruning_note == ""
+    whole = quantized(model, schemes, kv_cache=True)
+    back = load(tmp_path / "small")
+    assert back.config.is_marked and type(back) is type(whole)
+    assert back.config.quantization_config == whole.config.quantization_config
+    assert torch.equal(logits(back), logits(whole))
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == weight_bytes(back)
+    with pytest.raises(InputError, match="wanted floating weights, found a quantised checkpoint"):
+        StreamedModel(tmp_path / "small", tmp_path / "again")
 
 
 def test_blocks_that_nobody_touched_are_copied(tmp_path: Path) -> None:
@@ -107,5 +146,5 @@ def test_wrong_checkpoints_are_one_line(tmp_path: Path) -> None:
     refused("down_proj.weight is .32, 48., config.json wants .32, 40", intermediate_size=40)
     refused("the checkpoint lacks tensor model.layers.2", num_hidden_layers=3)
     refused("lm_head.weight is .64, 32., config.json wants .65, 32", vocab_size=65)
-    refused("GPT2LMHeadModel: cannot be pruned", model_type="gpt2")
+    refused("GPT2LMHeadModel: wanted decoder blocks in model.layers", model_type="gpt2")
     refused("wanted key model_type", model_type=None)

@@ -6,6 +6,7 @@ kd        the distillation loss on whole heads, beside its products, plain torch
 train     one optimizer step of distillation: our loss and trainer, plain torch, Liger
 layer     one Transformer block part by part, pruned beside unpruned
 serving   what a load of members and their prompts gives, on an engine or a server
+evaluation  `slmperf eval`: a pruned or quantised model beside the one it was made from
 compare   two result files row by row
 auditing  one training step looked at from outside: gradient error, terms, rows, time for nothing
 commands  `slmperf bench ...`: roof, ops, kd, train, layer, serve, compare

@@ -11,6 +11,7 @@ import typer
 from slmperf.bench.gram.command import gram
 from slmperf.bench.kd.command import kd
 from slmperf.bench.osscar.command import osscar
+from slmperf.bench.quantize.command import quantize
 from slmperf.bench.train.command import train
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(gram)
 app.command()(kd)
 app.command()(osscar)
+app.command()(quantize)
 app.command()(train)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from slmperf.bench.random_model import forward_seconds, random_model, random_text, single
+from slmperf.calibrate.usage import now
 from slmperf.models.shapes import Shape
 from slmperf.prune.layer.elimination import osscar
 from slmperf.prune.model import prune_model
@@ -47,17 +48,18 @@ class Pruning(NamedTuple):
 def measure(what: Pruning, mode: str, device: str) -> Iterator[dict[str, Any]]:
     """Rows of the pruning and of its two forwards. One run each: it takes long."""
     small = replace(what.shape, layers=1, name="")
-    few = batches(what._replace(tokens=min(what.tokens, WARMUP_TOKENS)), device)
-    _prune(_model(small, what.context, device), few, what, mode)
+    few = _text(what._replace(tokens=min(what.tokens, WARMUP_TOKENS)), device)
+    _prune(random_model(small, what.context, device), few, what, mode)
 
-    model, text = _model(what.shape, what.context, device), batches(what, device)
-    forwards = 2 * _forward_seconds(model, text, device)
-    yield _row(f"{what}, {mode}, two forwards", forwards)
-    start = _now(device)
+    model, text = random_model(what.shape, what.context, device), _text(what, device)
+    forwards = 2 * forward_seconds(model, text, device)
+    yield single(f"{what}, {mode}, two forwards", forwards)
+    where = torch.device(device)
+    start = now(where)
     report = _prune(model, text, what, mode)
-    seconds = _now(device) - start
+    seconds = now(where) - start
     layers = report.layers
-    yield _row(f"{what}, {mode}", seconds) | {
+    yield single(f"{what}, {mode}", seconds) | {
         "seconds": seconds,
         "forwards_seconds": forwards,
         "times_forwards": seconds / forwards,
@@ -77,46 +79,20 @@ def same_on_both(inputs: int, outputs: int, keep: int, device: str) -> dict[str,
     gram, weight = (given.float() for given in problem)
     there, here = gram.to(device), weight.to(device)
     osscar(there, here, keep=keep)
-    start = _now(device)
+    start = now(there.device)
     found = osscar(there, here, keep=keep)
-    seconds = _now(device) - start
+    seconds = now(there.device) - start
     start = time.perf_counter()
     wanted = osscar(gram, weight, keep=keep)
-    return _row(f"prune osscar {inputs}x{outputs} to {keep}", seconds) | {
+    return single(f"prune osscar {inputs}x{outputs} to {keep}", seconds) | {
         "cpu_seconds": time.perf_counter() - start,
         "kept_alike": float(torch.isin(found.kept, wanted.kept).double().mean()),
         "error_apart": abs(found.error / wanted.error - 1),
     }
 
 
-def batches(what: Pruning, device: str) -> list[dict[str, Tensor]]:
-    """Random text, whole sequences only."""
-    make = torch.Generator().manual_seed(0)
-    count = max(1, what.tokens // what.context)
-    ids = torch.randint(0, what.shape.vocabulary, (count, what.context), generator=make)
-    return [{"input_ids": part.to(device)} for part in ids.split(what.rows)]
-
-
-def _model(shape: Shape, context: int, device: str) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        max_position_embeddings=context,
-        tie_word_embeddings=shape.tied,
-    )
-    with ExitStack() as scope:
-        scope.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
-        scope.enter_context(torch.device(device))
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+def _text(what: Pruning, device: str) -> list[dict[str, Tensor]]:
+    return random_text(what.shape.vocabulary, what.tokens, what.context, what.rows, device)
 
 
 def _prune(model: PreTrainedModel, text: list[dict[str, Tensor]], what: Pruning, mode: str) -> Any:
@@ -127,29 +103,3 @@ def _prune(model: PreTrainedModel, text: list[dict[str, Tensor]], what: Pruning,
         attention_heads=what.attention_heads,
         mode=mode,
     )
-
-
-@torch.no_grad()
-def _forward_seconds(model: PreTrainedModel, text: list[dict[str, Tensor]], device: str) -> float:
-    """One pass of the text through all blocks."""
-    model.base_model(**text[0], use_cache=False)
-    start = _now(device)
-    for batch in text:
-        model.base_model(**batch, use_cache=False)
-    return _now(device) - start
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _row(name: str, seconds: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "time_us": seconds * 1e6,
-        "low_us": seconds * 1e6,
-        "high_us": seconds * 1e6,
-        "samples": 1,
-    }

@@ -2,7 +2,7 @@
 
     {"schema": "slmperf.bench/1",
      "kind": "roof" | "ops" | "kd" | "train" | "layer" | "serve" | "audit" | "gram" |
-              "osscar" | "gpu-check",
+              "osscar" | "quantize" | "gpu-check",
      "date": "2026-11-22T07:02Z",
      "machine": {...}, "roof": {...} or null, "rows": [{...}, ...]}
 

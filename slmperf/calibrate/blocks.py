@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +35,9 @@ class BlockStream:
     """The calibration batches on their way through the decoder blocks.
 
     `hidden[b]` (B, T, D) are the inputs of the next block; `manifest` is what a `Calibration` has.
-    Per block: read `grams` (as often as wanted: the block may be changed in between), change the
-    block, then `advance`. Only the block at hand is run or copied, so blocks may be loaded one at a
-    time.
+    Per block: read `grams`, `each_input` and `outputs` (as often as wanted: the block may change in
+    between), change the block, then `advance`. Only the block at hand is run or copied, so blocks
+    may be loaded one at a time.
     """
 
     def __init__(
@@ -107,6 +108,57 @@ class BlockStream:
         return grams
 
     @torch.no_grad()
+    def each_input(
+        self, index: int, names: Iterable[str], take: Callable[[str, Tensor, int], object]
+    ) -> None:
+        """Run block `index` over all batches: take(name, inputs, batch number) before each of the
+        named layers runs.
+
+        names: modules within the block, as `get_submodule` takes them; InputError for another.
+        inputs: (n, d) in the model's dtype, of the n tokens of the batch that count; none where all
+            of it is padding.
+        """
+        watch = Watch(self.blocks[index], names)
+        for batch, tokens in enumerate(self._tokens):
+
+            def chosen(
+                name: str,
+                arguments: tuple[Tensor, ...],
+                tokens: Tokens = tokens,
+                batch: int = batch,
+            ) -> None:
+                take(name, tokens.select(arguments[0].flatten(0, -2)), batch)
+
+            with watch.inputs(chosen):
+                self._run(self.blocks[index], index, batch, self.hidden[batch])
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        index: int,
+        block: nn.Module | None = None,
+        *,
+        batches: Iterable[int] | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> Iterator[tuple[Tensor, Tokens]]:
+        """Run block `index` over the batches of these numbers (None: all): what it makes of each,
+        (B, T, D), and the tokens that count.
+
+        block: run in its place. dtype: of what it is given, where it has another than the model.
+        arguments: in the place of what the model passes to its blocks (`past_key_values`).
+        """
+        block = self.blocks[index] if block is None else block
+        for batch in range(len(self.hidden)) if batches is None else batches:
+            hidden = self._run(block, index, batch, self.hidden[batch], arguments, dtype)
+            yield hidden, self._tokens[batch]
+
+    @property
+    def token_counts(self) -> list[int]:
+        """Tokens that count, batch by batch."""
+        return [tokens.count for tokens in self._tokens]
+
+    @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the hidden states by what block `index`, as it is now, makes of them."""
         block, original = self.blocks[index], self._before_changes(index)
@@ -125,11 +177,26 @@ class BlockStream:
             self._original = (index, copy.deepcopy(self.blocks[index]))
         return self._original[1]
 
-    def _run(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+    def _run(
+        self,
+        block: nn.Module,
+        index: int,
+        batch: int,
+        hidden: Tensor,
+        other: Mapping[str, Any] = MappingProxyType({}),
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """What `block` makes of `hidden`; `other`, `dtype`: see `outputs`."""
         kept = self._arguments[batch]
         arguments = kept if kept is not None else self._pass(self._batches[batch])[1]
+        given: dict[str, Any] = {**arguments[index], **other}
+        if dtype is not None:
+            hidden, given = torch.utils._pytree.tree_map(
+                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
+                (hidden, given),
+            )
         device = next(block.parameters()).device
-        return block(hidden.to(device), **arguments[index])
+        return block(hidden.to(device), **given)
 
     def _keep(self, where: list[Tensor], batch: int, hidden: Tensor) -> None:
         if self._spill is None:

@@ -235,3 +235,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises bare Exception
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: expected a tokenizer, {reason}") from None
+
+
+def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a checkpoint's folder, None where it has none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    there = any((Path(folder) / name).is_file() for name in names)
+    return load_tokenizer(folder) if there else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slmperf.models.engines import permute_kv_heads as permute_kv_heads
     from slmperf.models.masked import from_masked as from_masked
     from slmperf.models.pruned import PrunedForCausalLM as PrunedForCausalLM
+    from slmperf.models.quantized import LinearScheme as LinearScheme
     from slmperf.models.quantized import QuantizedLinear as QuantizedLinear
     from slmperf.models.quantized import replace_linear as replace_linear
     from slmperf.models.resize import apply_sizes as apply_sizes
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["PrunedForCausalLM", "QuantizedLinear", "load", "replace_linear", "shrink"]
 
 _HOMES = {
+    "LinearScheme": "quantized",
     "PrunedForCausalLM": "pruned",
     "QuantizedLinear": "quantized",
     "Sizes": "structure",

@@ -18,11 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from slmperf.check import InputError
-from slmperf.models.checkpoint import add_older_fields, read_config, stored_tensors
+from slmperf.models.checkpoint import add_older_fields, read_config
 from slmperf.models.files import write_folder
+from slmperf.models.formats.compressed_tensors import is_quantized, write_config
 from slmperf.models.resize import apply_sizes
 from slmperf.models.shards import ShardWriter
-from slmperf.models.structure import decoder_blocks, fit_experts
+from slmperf.models.stored import empty_model, stored_tensors
+from slmperf.models.structure import (
+    FAMILIES,
+    decoder_blocks,
+    family_of,
+    fit_experts,
+    linear_blocks,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +53,9 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
     Leaving the outer block without an exception does what `finish` does, unless it was called, and
     puts all of it in the place of `out`. On an exception `out` is as it was.
 
-    Raises InputError for a folder that is no whole checkpoint of a model that can be pruned.
+    Blocks may be made smaller, or their linear layers replaced by `QuantizedLinear`; not both.
+    Raises InputError for a folder that is no whole checkpoint of a model with floating weights that
+    `linear_blocks` or `decoder_blocks` takes.
     """
 
     def __init__(
@@ -57,23 +67,26 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         device: torch.device | str = "cpu",
     ) -> None:
         """dtype: of the tensors from here on; None: as they are stored. device: of what is held."""
-        from transformers import AutoModelForCausalLM
-
         self.pruning_note = ""
         self._folder, self._out = Path(folder), Path(out)
         self._dtype, self._device = dtype, torch.device(device)
         config = read_config(self._folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(
+                f"{self._folder}: wanted floating weights, found a quantised checkpoint"
+            )
         self._stored = stored_tensors(self._folder)
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.get_default_dtype()
-            ).eval()
-        self.blocks = decoder_blocks(self.model)
+        self.model: PreTrainedModel = empty_model(
+            config, dtype or config.dtype or torch.get_default_dtype()
+        )
+        for module in self.model.modules():  # what is computed and not stored
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+        experts = family_of(config) == "mixtral"
+        self.blocks = decoder_blocks(self.model) if experts else linear_blocks(self.model)
         fit_experts(self.model)
         self._assign(self.model, "", [name for name in self._stored if _layer_of(name) is None])
         self.model.tie_weights()
-        rotary = type(self.model.model.rotary_emb)
-        self.model.model.rotary_emb = rotary(config).to(self._device)
         self._written: set[int] = set()
         self._stack = contextlib.ExitStack()
 
@@ -157,10 +170,12 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         module.load_state_dict(tensors, strict=False, assign=True)
 
     def finish(self) -> Path:
-        """Copy the blocks that nobody wrote, write the rest, the configuration that the blocks'
-        sizes ask for (see `apply_sizes`; `pruning_note` then says what it did) and the tokenizer's
-        files. Returns the folder that becomes `out` when the `with` block ends, for what else is to
-        be in it.
+        """Copy the blocks that nobody wrote, write the rest, the configuration that the blocks ask
+        for and the tokenizer's files. Returns the folder that becomes `out` when the `with` block
+        ends, for what else is to be in it.
+
+        Of quantised blocks the configuration says how (see `write_config`), of others the sizes
+        (see `apply_sizes`; `pruning_note` then says what it did).
         """
         for index in range(len(self.blocks)):
             if index not in self._written:
@@ -174,9 +189,12 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         if self.model.config.tie_word_embeddings:
             rest.pop("lm_head.weight")
         self._shards.write(rest)
-        model = apply_sizes(self.model)
-        self.model, self.blocks = model, decoder_blocks(model)
-        self.pruning_note = model.pruning_note
+        if is_quantized(self.model):
+            write_config(self.model)
+        elif family_of(self.model.config) in FAMILIES:
+            self.model = apply_sizes(self.model)
+            self.blocks, self.pruning_note = self.model.model.layers, self.model.pruning_note
+        model = self.model
         if model.config.model_type == "mixtral":
             self._split_experts()
         self._shards.finish()

@@ -86,6 +86,24 @@ def linear_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def layer_name(index: int, name: str) -> str:
+    """A layer's name within the model from that within block `index`."""
+    return f"model.layers.{index}.{name}"
+
+
+def check_finite(what: str, module: nn.Module, prefix: str = "", *, streamed: bool = False) -> None:
+    """InputError, in the name of `what`, for the first weight with a value that is not finite, or
+    that is not in memory; only where the module is `streamed`, some need not be.
+    """
+    for name, weight in module.named_parameters():
+        if weight.is_meta and not streamed:
+            raise InputError(
+                f"{what}: wanted the model in memory, found {prefix}{name} on the meta device"
+            )
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise InputError(f"{what}: {prefix}{name} holds values that are not finite")
+
+
 def head_size(config: PretrainedConfig) -> int:
     """Channels of one attention head."""
     explicit = getattr(config, "head_dim", None)

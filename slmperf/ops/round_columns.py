@@ -25,11 +25,13 @@ a row here, so that neighbouring outputs lie side by side: nothing is exchanged 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from slmperf.check import check_shapes
-from slmperf.ops.routing import Implementation, routes
+from slmperf.ops.routing import Implementation, require_interpreter, routes
 
 SCHEMA = (
     "(Tensor(a!) current, Tensor gradient, Tensor coefficients, Tensor scale, Tensor? zero_point,"
@@ -92,7 +94,8 @@ torch.library.impl("slmperf::round_columns.reference", ("cpu", "cuda"))(round_co
 
 
 @torch.library.impl("slmperf::round_columns.triton", ("cpu", "cuda"))
-def _triton(*arguments: object) -> None:
+def _triton(*arguments: Any) -> None:
+    require_interpreter("round_columns", arguments[0])
     from slmperf.triton_kernels.round_columns import round_columns as launch
 
     launch(*arguments)

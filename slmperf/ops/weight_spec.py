@@ -142,28 +142,45 @@ class WeightSpec:
 
     def encode(self, weight: Tensor, scales: Scales) -> Tensor:
         """The nearest codes (out, in): int8 or float8_e4m3fn; casts saturate."""
-        shape = (weight.shape[0], weight.shape[1])
-        ratio = weight.detach().float() / self.spread(scales.scale.float(), shape)
-        if self.kind == "float":
-            return ratio.clamp(self.lowest, self.highest).to(torch.float8_e4m3fn)
-        ratio = ratio.round()
-        if scales.zero_point is not None:
-            ratio += self.spread(scales.zero_point.float(), shape)
-        return ratio.clamp(self.lowest, self.highest).to(torch.int8)
+        scale, zero_point = self._beside(weight, scales, torch.float32)
+        ratio = weight.detach().float().reshape(self._parted(weight)) / scale
+        if self.kind == "int":
+            ratio.round_()
+        if zero_point is not None:
+            ratio += zero_point
+        return ratio.clamp_(self.lowest, self.highest).to(self.code_dtype).view(weight.shape)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         """(codes - zero_point) * scale, (out, in) in the scale's dtype, as readers compute it."""
-        shape = (codes.shape[0], codes.shape[1])
-        values = codes.to(scales.scale.dtype)
-        if scales.zero_point is not None:
-            values -= self.spread(scales.zero_point.to(values.dtype), shape)
-        return values * self.spread(scales.scale, shape)
+        scale, zero_point = self._beside(codes, scales, scales.scale.dtype)
+        values = codes.reshape(self._parted(codes)).to(scale.dtype)
+        if zero_point is not None:
+            values -= zero_point
+        return values.mul_(scale).view(codes.shape)
+
+    def _parted(self, weight: Tensor) -> tuple[int, ...]:
+        """A weight's shape, (out, groups, inputs of a group) where rows have their own scales."""
+        rows, groups = self.scale_shape((weight.shape[0], weight.shape[1]))
+        return (rows, groups, weight.shape[1] // groups) if self.by_row else tuple(weight.shape)
+
+    def _beside(
+        self, weight: Tensor, scales: Scales, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points in dtype, in shapes that go with `_parted`."""
+
+        def beside(values: Tensor) -> Tensor:
+            if self.by_row:
+                return values.to(dtype)[..., None]
+            return self.spread(values.to(dtype), (weight.shape[0], weight.shape[1]))
+
+        zero_point = scales.zero_point
+        return beside(scales.scale), None if zero_point is None else beside(zero_point)
 
     def _extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Largest and smallest values of what shares a scale."""
         rows, groups = self.scale_shape((weight.shape[0], weight.shape[1]))
         if self.by_row:
-            parts = weight.view(rows, groups, -1)
+            parts = weight.reshape(rows, groups, -1)
             return parts.amax(2), parts.amin(2)
         if self.block is None:
             return weight.amax().view(1, 1), weight.amin().view(1, 1)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slmperf.check import check_plot
-from slmperf.models.files import write_atomically
 from slmperf.models.shapes import Shape
 from slmperf.plan.latency import LatencyModel
 from slmperf.plan.search import Choice, candidates
+from slmperf.plots import COLOURS, panels, write_figure
 
-# Paul Tol's bright scheme: distinct for the colour-blind.
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -38,7 +35,7 @@ def plot_plan(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 5.0), layout="constrained")
-    axes = figure.subplots()
+    [axes] = panels(figure, 1)
     ranks = asked["tensor_parallel"]
     for colour, base in zip(COLOURS * 3, bases, strict=False):
         for style, shapes in zip(STYLES * 4, candidates(base, ranks), strict=False):
@@ -72,13 +69,5 @@ def plot_plan(
         f"tensor parallel {ranks}, items: {asked['items']}",
         fontsize=10,
     )
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(color="#eeeeee")
-    axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    content = io.BytesIO()
-    figure.savefig(
-        content, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None
-    )
-    write_atomically(path, content.getvalue())
+    write_figure(figure, path, kind)

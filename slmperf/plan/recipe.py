@@ -52,7 +52,7 @@ def recipe_text(choice: Choice) -> str:
         last = distilled(cut, last)
     low_precision = choice.scheme not in ("bf16", "fp32")
     if low_precision:
-        stages.append({"name": "int8", "stage": "quantise", "from": last})
+        stages.append({"name": choice.scheme, "stage": "quantise", "from": last, **_scheme(choice)})
     recipe = {
         "name": "planned",
         "seeds": [0],
@@ -70,11 +70,17 @@ def recipe_text(choice: Choice) -> str:
         f"TTFT hot {hot}",
         f"The base is trained anew with {base}'s sizes: no checkpoint's weights are used.",
     ]
-    if low_precision and choice.scheme != "w8a8":
-        head.append(
-            f"Recipes quantise weights to int8; for {choice.scheme} convert the last model."
-        )
     return "".join(f"# {line}\n" for line in head) + body
+
+
+def _scheme(choice: Choice) -> dict[str, Any]:
+    """Keys of a stage that quantises: groups are as large as the shape lets them be."""
+    if choice.scheme != "w4a16":
+        return {"scheme": choice.scheme}
+    shape = choice.shape
+    inputs = (shape.hidden, shape.heads * shape.head_size, shape.intermediate)
+    sizes = (size for size in (128, 64, 32) if not any(one % size for one in inputs))
+    return {"scheme": choice.scheme, "group_size": next(sizes, -1)}
 
 
 def _sizes(shape: Shape) -> dict[str, int]:

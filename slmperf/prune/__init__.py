@@ -12,7 +12,7 @@ compare_methods        methods, sizes and calibration sets side by side
 
 layer/ holds the solver and its rivals for one layer, command/ `slmperf prune`; block, sources and
 results are what a whole model's pruning is made of; heads, counts, targets and latency what a
-budget is; texts reads files as calibration sets and as what a model is measured on.
+budget is.
 
 Names are loaded on first use, so that the command line costs no import of torch.
 """

@@ -95,11 +95,6 @@ def neuron_layers(block: nn.Module) -> list[str]:
     return [name for name in pruned_layers(block) if name != ATTENTION]
 
 
-def layer_name(index: int, name: str) -> str:
-    """A layer's name within the model from that within block `index`."""
-    return f"model.layers.{index}.{name}"
-
-
 def layer_weight(block: nn.Module, name: str) -> Tensor:
     """The weight (N, d) of a layer of the block, as torch.nn.Linear holds it; no copy."""
     experts = experts_of(block)

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slmperf.calibrate import BlockStream, Calibration, check_tokenizer, fingerprint
+from slmperf.calibrate.usage import begin
 from slmperf.calibrate.workers import check_single
-from slmperf.data.text import load_tokenizer
+from slmperf.data.text import tokenizer_beside
 from slmperf.models.streaming import StreamedModel
-from slmperf.prune.block import BlockSizes, layer_name
+from slmperf.models.structure import check_finite, decoder_blocks, layer_name
+from slmperf.prune.block import BlockSizes
 from slmperf.prune.layer.solve import Solver
-from slmperf.prune.model import Mode, Progress, Pruning, begin, check_finite, check_mode
+from slmperf.prune.model import Mode, Progress, Pruning, check_mode
 from slmperf.prune.results import PruneReport
 from slmperf.prune.sources import Batches, OnePass, Source, UnprunedStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @torch.no_grad()
@@ -73,12 +73,12 @@ def prune_checkpoint(
     solver = Solver(method, damping, swaps)
     check_mode(mode, calibration)
     streamed = StreamedModel(folder, out, dtype=dtype, device=device)
-    model, blocks = streamed.model, streamed.blocks
+    model, blocks = streamed.model, decoder_blocks(streamed.model)
     sizes = BlockSizes.of(model.config, **wanted)
-    check_finite(model, streamed=True)
+    check_finite("prune_checkpoint", model, streamed=True)
     model_hash = fingerprint(model, streamed.first_rows())
     tokenized = tokenizer is not None or isinstance(calibration, Calibration)
-    own = _tokenizer(Path(folder)) if tokenized else None
+    own = tokenizer_beside(Path(folder)) if tokenized else None
     if own is not None and tokenizer is not None:
         check_tokenizer(own, tokenizer)
     text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}
@@ -102,7 +102,7 @@ def prune_checkpoint(
     with streamed:
         for index in range(len(blocks)):
             with streamed.block(index) as block:
-                check_finite(block, layer_name(index, ""))
+                check_finite("prune_checkpoint", block, layer_name(index, ""))
                 under_way.prune(index, block)
             if progress is not None:
                 progress(index + 1, len(blocks))
@@ -112,9 +112,3 @@ def prune_checkpoint(
         if finish is not None:
             finish(made_in, report)
     return report
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's own tokenizer, where it has one."""
-    there = any((folder / name).is_file() for name in _TOKENIZER)
-    return load_tokenizer(folder) if there else None

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slmperf.calibrate import Calibration, calibrate
+from slmperf.calibrate.usage import begin
 from slmperf.check import InputError
 from slmperf.models.checkpoint import parameters
-from slmperf.models.structure import decoder_blocks
-from slmperf.prune.block import BlockSizes, layer_name, layer_weight
+from slmperf.models.structure import decoder_blocks, layer_name
+from slmperf.prune.block import BlockSizes, layer_weight
 from slmperf.prune.layer.methods import METHODS
 from slmperf.prune.layer.solve import Solver
-from slmperf.prune.model import Mode, Progress, begin, prune_model, prune_with
+from slmperf.prune.model import Mode, Progress, prune_model, prune_with
 from slmperf.prune.results import LayerPruned, PruneReport
 from slmperf.prune.sources import OnePass
 

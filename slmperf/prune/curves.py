@@ -14,20 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slmperf.calibrate import Calibration
+from slmperf.calibrate.usage import begin
 from slmperf.check import InputError
-from slmperf.models.structure import decoder_blocks
-from slmperf.prune.block import (
-    ATTENTION,
-    BlockSizes,
-    Groups,
-    layer_name,
-    layer_weight,
-    neuron_layers,
-)
+from slmperf.models.structure import check_finite, decoder_blocks, layer_name
+from slmperf.prune.block import ATTENTION, BlockSizes, Groups, layer_weight, neuron_layers
 from slmperf.prune.budget import DIMENSIONS
 from slmperf.prune.heads import head_maps, plan_heads
 from slmperf.prune.layer.solve import Solver
-from slmperf.prune.model import Progress, begin, check_finite, over_batches, prune_with
+from slmperf.prune.model import Progress, over_batches, prune_with
 from slmperf.prune.results import LayerPruned, PruneReport
 from slmperf.prune.sources import Batches, OnePass
 
@@ -75,7 +69,7 @@ def error_curves(
             wanted[index, ATTENTION] = Groups(None, groups.group_size, groups.families)
         if "mlp" in prune:
             wanted |= {(index, name): Groups(None) for name in neuron_layers(block)}
-    check_finite(model)
+    check_finite("error_curves", model)
     each_batch, progress = over_batches(progress, calibration, len(wanted))
     text: dict[str, Any] = {
         "source": source,
@@ -117,7 +111,7 @@ def prune_sizes(
     blocks = decoder_blocks(model)
     asked = [BlockSizes.of(model.config, intermediate_size=size) for size in intermediate_sizes]
     solver = Solver("osscar", damping, 0)
-    check_finite(model)
+    check_finite("prune_sizes", model)
     smallest = BlockSizes.of(model.config, intermediate_size=min(intermediate_sizes))
     wanted = smallest.all_layers(blocks)
     text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}

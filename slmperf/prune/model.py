@@ -11,9 +11,6 @@ Whatever the mode, a layer is a Gram matrix of its inputs and a weight, solved b
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -22,11 +19,12 @@ import torch
 from torch import nn
 
 from slmperf.calibrate import BlockStream, Calibration
+from slmperf.calibrate.usage import begin, device_peak_mib, now, peak_mib
 from slmperf.check import InputError
 from slmperf.models.checkpoint import parameters
 from slmperf.models.resize import apply_sizes
-from slmperf.models.structure import decoder_blocks, fit_experts
-from slmperf.prune.block import ATTENTION, BlockSizes, Groups, layer_name, layer_weight, remove
+from slmperf.models.structure import check_finite, decoder_blocks, fit_experts, layer_name
+from slmperf.prune.block import ATTENTION, BlockSizes, Groups, layer_weight, remove
 from slmperf.prune.layer.solve import Solver
 from slmperf.prune.results import LayerPruned, PruneReport
 from slmperf.prune.sources import Batches, OnePass, Source
@@ -96,7 +94,7 @@ def prune_model(
     sizes = BlockSizes.of(model.config, **wanted)
     solver = Solver(method, damping, swaps)
     check_mode(mode, calibration)
-    check_finite(model)
+    check_finite("prune_model", model)
     model.eval()
     made: Source
     text: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "spill": spill}
@@ -108,14 +106,6 @@ def prune_model(
         made = BlockStream(model, blocks, batches, dense_target=mode == "dense_target", **text)
     settings = {**wanted, "mode": mode, "method": method, "damping": damping, "swaps": swaps}
     return prune_with(model, made, sizes, solver, settings, start, progress)
-
-
-def begin(device: torch.device) -> float:
-    """A pruning begins: the time (perf_counter); the device's peak memory counts from now on."""
-    if device.type == "cuda":
-        torch.cuda.init()  # a streamed model may not be there yet
-        torch.cuda.reset_peak_memory_stats(device)
-    return time.perf_counter()
 
 
 def over_batches(
@@ -184,7 +174,7 @@ class Pruning:
         self._made, self._sizes, self._solver = made, sizes, solver
         self._before = parameters(model)
         self._device = device or next(model.parameters()).device
-        self._start, self._began, self._advance = start, self._now(), 0.0
+        self._start, self._began, self._advance = start, now(self._device), 0.0
         self._model = model
 
     def prune(self, index: int, block: nn.Module) -> None:
@@ -195,14 +185,12 @@ class Pruning:
             if groups:
                 self._prune_layers(index, block, groups)
         fit_experts(self._model)  # the block is run by `advance`
-        start = self._now()
+        start = now(self._device)
         self._made.advance(index)
-        self._advance += self._now() - start
+        self._advance += now(self._device) - start
 
     def report(self, model: PreTrainedModel, settings: dict[str, Any]) -> PruneReport:
         """What became of the model, now `model`."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        on_device = self._device.type == "cuda"
         return PruneReport(
             model=model,
             layers=tuple(self.layers),
@@ -211,25 +199,18 @@ class Pruning:
             parameters_after=parameters(model),
             calibration_seconds=self._began - self._start,
             advance_seconds=self._advance,
-            seconds=self._now() - self._start,
-            peak_mib=peak / (2**20 if sys.platform == "darwin" else 2**10),  # bytes there, else KiB
-            device_peak_mib=(
-                torch.cuda.max_memory_allocated(self._device) / 2**20 if on_device else None
-            ),
+            seconds=now(self._device) - self._start,
+            peak_mib=peak_mib(),
+            device_peak_mib=device_peak_mib(self._device),
             settings=settings,
             calibration=dict(self._made.manifest),
         )
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
     def _prune_layers(self, index: int, block: nn.Module, groups: Mapping[str, Groups]) -> None:
-        start = self._now()
+        start = now(self._device)
         sizes = {name: one.group_size for name, one in groups.items()}
         grams = self._made.grams(index, groups, sizes)
-        seconds = (self._now() - start) / len(groups)
+        seconds = (now(self._device) - start) / len(groups)
         results, layers = {}, []
         for name, one in groups.items():
             full, weight = layer_name(index, name), layer_weight(block, name)
@@ -237,17 +218,3 @@ class Pruning:
             layers.append(layer)
         remove(block, results, self._sizes.heads, index)
         self.layers += layers
-
-
-def check_finite(module: nn.Module, prefix: str = "", *, streamed: bool = False) -> None:
-    """InputError that names the first weight with a value that is not finite, or that is not in
-    memory; only where the module is `streamed`, some need not be.
-    """
-    for name, weight in module.named_parameters():
-        if weight.is_meta and not streamed:
-            raise InputError(
-                f"prune_model: wanted the model in memory, found {prefix}{name} on the meta "
-                "device; prune_checkpoint prunes what does not fit"
-            )
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-            raise InputError(f"prune_model: {prefix}{name} holds values that are not finite")

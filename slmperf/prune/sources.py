@@ -18,8 +18,8 @@ from slmperf.calibrate import (
     text_hash,
 )
 from slmperf.check import InputError
-from slmperf.models.structure import decoder_blocks
-from slmperf.prune.block import BlockSizes, Groups, layer_name, layer_weight
+from slmperf.models.structure import decoder_blocks, layer_name
+from slmperf.prune.block import BlockSizes, Groups, layer_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

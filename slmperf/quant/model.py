@@ -1,95 +1,114 @@
-"""quantize_model: replace the linear layers of a decoder by quantised ones, in place.
-
-The configuration gets the `quantization_config` of the compressed-tensors layout "int-quantized",
-so that a checkpoint saved by `slmperf.models.save` is read by `slmperf.models.load`, and by stock
-Transformers and the serving engines where compressed-tensors is installed. Keys and layout:
-https://github.com/vllm-project/compressed-tensors
-"""
+"""quantize_model: replace the linear layers of a decoder by quantised ones, in place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from os import PathLike
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
 
-from slmperf.check import InputError
-from slmperf.models.checkpoint import weight_bytes
-from slmperf.models.quantized import QuantizedLinear, replace_linear
-from slmperf.models.structure import linear_blocks
-from slmperf.quant.rounding import Int8, rtn
+from slmperf.calibrate import fingerprint
+from slmperf.calibrate.usage import begin
+from slmperf.models.structure import check_finite, linear_blocks
+from slmperf.quant.driver import Asked, Batches, Quantizing
+from slmperf.quant.plan import Overrides
+from slmperf.quant.results import QuantReport
+from slmperf.quant.schemes import Scheme
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], object]
 
 
-_LAYOUT_VERSION = "0.20.0"  # of compressed-tensors, whose reader was tried on these files
+@torch.no_grad()
+def quantize_model(
+    model: PreTrainedModel,
+    scheme: str | Scheme = "w4a16",
+    calibration: Batches | None = None,
+    *,
+    overrides: Overrides | None = None,
+    method: str | None = None,
+    group_size: int | None = None,
+    damping: float | None = None,
+    smooth: bool | None = None,
+    kv_cache: bool = False,
+    held_out: Batches | None = None,
+    source: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    spill: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> QuantReport:
+    """Quantise the linear layers of all decoder blocks; embeddings, norms and output head stay.
 
+    model: any Llama-like one, also with layers of different sizes; changed in place, in evaluation
+        mode afterwards. Its config gets the `quantization_config` with which `slmperf.models.save`
+        writes a checkpoint that Transformers and the serving engines read as it is; of a model
+        whose layers differ, `slmperf.models.load`.
+    scheme: one of `SCHEMES` by name, or a `Scheme` of one's own.
+    calibration: batches of the model's arguments (input_ids (B, T), attention_mask (B, T), ...),
+        each optionally with `token_weights` (B, T) >= 0; padding does not count. Best are a few
+        hundred sequences of the longest context, from the domain that the model serves. None: for
+        method rtn, with a scheme whose inputs have no fixed scales; nothing is smoothed then.
+    overrides: other schemes, or None to leave a layer as it is, by shell patterns of full names
+        ("*.down_proj", "model.layers.0.*"); the last one that matches decides. q, k and v of a
+        block, and gate and up, are run as one by engines and must agree.
+    method: one of `METHODS` for all layers; None: what the scheme says.
+    group_size: in the place of 128, for schemes with groups; -1: one scale per output channel.
+    damping: see `quantize_weight`.
+    smooth: None: as the scheme says (w8a8: yes), and not again where the model was smoothed before.
+    kv_cache: fp8 keys and values, with calibrated scales.
+    held_out: batches on which every layer's error is measured, too.
+    source, tokenizer: of the text, for the report: "in-domain: FILE" or "generic: FILE", and what
+        made its ids.
+    spill: a folder; hidden states and Gram matrices live in memory-mapped files there.
+    resume: a folder that every finished block is written to. A run that was killed and is started
+        again with the same folder and arguments goes on behind the last of them, to the same bytes.
+        The caller deletes it when the model is saved.
+    progress: called as progress(blocks done, blocks) after each block.
 
-@dataclass(frozen=True)
-class QuantReport:
-    """Number of layers quantised, and the bytes of the checkpoint's tensors before and after."""
+    Weights of which 5% or more are exactly 0 keep their zeros. What a method cannot do, such as a
+    layer whose inputs are not finite, is rounded to nearest, or not smoothed, and noted in the
+    report.
 
-    layers: int
-    bytes_before: int
-    bytes_after: int
-
-
-def quantize_model(model: PreTrainedModel, spec: Int8) -> QuantReport:
-    """Quantise every linear layer of the decoder blocks, round to nearest; embeddings and output
-    head stay as they are.
-
-    The model is changed in place and ends in evaluation mode; its weights take no gradient any
-    more.
-    Raises InputError for a model whose blocks are not Llama-like (a mixture of experts keeps its
-    experts in one tensor), and for one that is quantised already.
+    Raises InputError, before anything changes, for what does not go together: a quantised model, a
+    mixture of experts, weights that are not finite, patterns that match nothing or part what is run
+    as one, groups that do not divide a layer's inputs, no text where it is wanted or text without
+    tokens, a model that cannot be smoothed, a folder `resume` of other arguments.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise InputError(
-            "quantize_model: wanted a model with floating weights, found a quantised one"
-        )
-    linear_blocks(model)
-    before = weight_bytes(model)
-
-    def make(name: str, linear: nn.Linear) -> QuantizedLinear:
-        try:
-            codes, scale = rtn(linear.weight, spec)
-        except InputError as error:
-            raise InputError(f"quantize_model: {name}: {error}") from error
-        return QuantizedLinear(codes, scale, None if linear.bias is None else linear.bias.detach())
-
-    layers = replace_linear(model, make)
-    model.config.quantization_config = _quantization_config()
+    start = begin(model.device)
+    asked = Asked.of(
+        model,
+        scheme,
+        text=calibration is not None,
+        overrides=overrides,
+        method=method,
+        group_size=group_size,
+        damping=damping,
+        smooth=smooth,
+        kv_cache=kv_cache,
+    )
+    check_finite("quantize_model", model)
     model.eval()
-    return QuantReport(layers, before, weight_bytes(model))
-
-
-def _quantization_config() -> dict[str, Any]:
-    weights = {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "channel",
-        "group_size": None,
-        "dynamic": False,
-    }
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": "int-quantized",
-    }
-    return {
-        "config_groups": {"group_0": group},
-        "format": "int-quantized",
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "sparsity_config": {},
-        "transform_config": {},
-        "moe_sparsity_config": None,
-        "version": _LAYOUT_VERSION,
-    }
+    blocks = linear_blocks(model)
+    under_way = Quantizing(
+        model,
+        blocks,
+        asked,
+        calibration=calibration,
+        held_out=held_out,
+        source=source,
+        tokenizer=tokenizer,
+        spill=spill,
+        resume=resume,
+        model_hash=fingerprint(model),
+        device=next(model.parameters()).device,
+        start=start,
+    )
+    for index, block in enumerate(blocks):
+        under_way.quantize(index, block)
+        if progress is not None:
+            progress(index + 1, len(blocks))
+    return under_way.finish()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
+from slmperf.command.terminal import Move, bars
 from slmperf.distill.progress import LogFile
 
 
@@ -39,16 +36,7 @@ class Voice:
             self.log.line(self._early.pop(0))
 
     @contextlib.contextmanager
-    def bar(self, title: str, *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+    def bar(self, title: str, *, show: bool = True) -> Iterator[Move]:
         """A bar with the time left, moved by calls of (done, total); off a terminal invisible."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        shown = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            transient=True,
-            disable=not (show and sys.stderr.isatty()),
-        )
-        with shown:
-            task = shown.add_task(title, total=None)
-            yield lambda done, total: shown.update(task, completed=done, total=total)
+        with bars(show) as stage:
+            yield stage(title)

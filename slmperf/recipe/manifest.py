@@ -43,6 +43,7 @@ class Manifest:
     weight_bytes: int
     training: dict[str, Any] | None = None  # tokens, tokens per second, loss curve
     pruning: dict[str, Any] | None = None  # error of each layer
+    quantization: dict[str, Any] | None = None  # scheme, bytes, mean error, those of each layer
     metrics: dict[str, Any] | None = None  # None until it is scored
     format: int = field(default=FORMAT)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from slmperf import data as source_data
+from slmperf.calibrate.texts import Vocabulary, read_sequences
 from slmperf.check import InputError
 from slmperf.data import (
     Interactions,
@@ -28,7 +29,6 @@ from slmperf.data import (
 )
 from slmperf.evaluate import Run, floor_runs
 from slmperf.models.files import sha256_of
-from slmperf.prune.texts import Vocabulary, read_sequences
 from slmperf.recipe.manifest import digest
 from slmperf.recipe.results import DataFacts
 from slmperf.recipe.schema import Data, Subset

@@ -86,3 +86,33 @@ HEAD_PRUNING = (
     "Halving the heads takes about 40% off the paper's attention latency and speeds its prefill up "
     "by more than 28%."
 )
+
+
+class Quantisation(NamedTuple):
+    """One of the paper's quantised models: shares of right answers on ARC-c, ARC-e and PIQA, or
+    median times on a GPU.
+    """
+
+    scheme: str
+    answers: tuple[float, float, float] | None = None
+    gpu: str = ""
+    ttft_ms: float | None = None
+    token_ms: float | None = None
+
+
+QUANTISATION_SETTING = (
+    "answers of Llama-3.1-8B-Instruct, zero-shot, calibrated on 1024 samples of C4; times of a "
+    "Llama-3 of 8B on one GPU, vLLM 0.6.1, prompts of 3.8k tokens, 1 request per second"
+)
+QUANTISATIONS = (
+    Quantisation("fp16", (0.5299, 0.8136, 0.7982)),
+    Quantisation("fp8", (0.5179, 0.8056, 0.7922)),
+    Quantisation("w8a8, SmoothQuant", (0.5171, 0.8123, 0.7954)),
+    Quantisation("w4a16, GPTQ", (0.436, 0.7306, 0.7437)),
+    Quantisation("w4a16, QuantEase", (0.5077, 0.8068, 0.7954)),
+    Quantisation("fp16", None, "H100", 136, 10.3),
+    Quantisation("fp8", None, "H100", 122, 9.4),
+    Quantisation("fp16", None, "A100", 332, 18.3),
+    Quantisation("w8a8", None, "A100", 227, 12.9),
+    Quantisation("w4a16", None, "A100", 389, 11.2),
+)

@@ -24,6 +24,7 @@ from slmperf.recipe.schema import (
 )
 
 RESERVED = ("tokenizer", "floors")  # other folders in the output folder
+_GROUP = 128  # inputs that share a scale in w4a16, if nothing else is said, and in fp8-block
 
 
 class Recipe(Protocol):
@@ -163,7 +164,27 @@ def _shape(stage: BaseStage, source: Job | None, where: str) -> Shape:
         return before.model_copy(update={"intermediate": sizes[-1]})
     if isinstance(stage, PruneAttention):
         return _fewer_heads(stage, before, name, where)
+    if isinstance(stage, QuantiseStage):
+        _check_groups(stage, before, name, where)
     return before
+
+
+def _check_groups(stage: QuantiseStage, shape: Shape, name: str, where: str) -> None:
+    """InputError where inputs of a layer, or blocks of a weight, are not whole groups."""
+    head = shape.head_size or shape.hidden // shape.heads
+    sizes = {"hidden": shape.hidden, "query heads": shape.heads * head}
+    sizes["intermediate"] = shape.intermediate
+    key, group = "group_size", stage.group_size or _GROUP
+    if stage.scheme == "fp8-block":
+        key, group = "scheme", _GROUP
+        sizes["key/value heads"] = shape.kv_heads * head
+    elif stage.scheme != "w4a16" or group < 0:
+        return
+    for what, size in sizes.items():
+        if size % group:
+            raise InputError(
+                f"{where}.{key}: groups of {group} do not divide the {size} of {what} in {name}"
+            )
 
 
 def _fewer_heads(stage: PruneAttention, before: Shape, name: str, where: str) -> Shape:

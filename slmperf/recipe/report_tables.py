@@ -44,6 +44,7 @@ def tables(results: Results) -> list[Table]:
     """All tables of the report, in order; those with nothing to say are left out."""
     built = [main_table(results)]
     built += [_comparison_table(one) for one in results.comparisons if one.rows]
+    built += [_quantisation_table(results), _paper_quantisation_table(results)]
     built += [_latency_table(results), _paper_latency_table(results), _layer_table(results)]
     built += [_parity_table(results), _seed_table(results), _facts_table(results)]
     built += [_settings_table(results)]
@@ -138,6 +139,77 @@ def _comparison_table(comparison: Comparison) -> Table:
         rows=rows,
         notes=[f"The paper's figures: {paper.SOURCE}; other data, models and machines than ours."],
         paper={4, 5},
+    )
+
+
+def _quantisation_table(results: Results) -> Table:
+    """Each quantised stage below the one that it was made from: quality, bytes and latency."""
+    rows, source = [], ""
+    for stage in (one for one in results.stages if one.quantization):
+        before = results.stage(stage.parent or "")
+        if before is not None and before.name != source:
+            rows.append(_quantised_row(before, None))
+            source = before.name
+        rows.append(_quantised_row(stage, before))
+    return Table(
+        title="Quantisation",
+        columns=[
+            "stage",
+            "scheme",
+            "bits per weight",
+            "MiB",
+            "layer error %",
+            "rounded to nearest %",
+            "AUC",
+            "perplexity",
+            "prefill ms",
+            "against full weights",
+        ],
+        rows=rows,
+        notes=[
+            "Errors of the layers' outputs on the calibration text, means over layers. Times are "
+            "those of PyTorch, which puts weights together before it multiplies: what is gained is "
+            "memory, and speed on an engine with kernels for the scheme."
+        ],
+    )
+
+
+def _quantised_row(stage: StageResult, before: StageResult | None) -> list[str]:
+    told = stage.quantization
+    latency = stage.latency.prefill_ms if stage.latency else None
+    full = before.latency.prefill_ms if before and before.latency else None
+    errors = [told.get(key) for key in ("error_mean", "error_mean_rtn")]
+    return [
+        stage.title,
+        told.get("scheme", DASH),
+        _number(told.get("bits_mean"), 2),
+        _number(stage.size_mib, 2),
+        *(DASH if error is None else f"{100 * error:.3g}" for error in errors),
+        metric(stage, "auc_mean", 4),
+        metric(stage, "perplexity", 3),
+        _number(latency, 2),
+        f"{full / latency:.2f}x" if full and latency else DASH,
+    ]
+
+
+def _paper_quantisation_table(results: Results) -> Table:
+    if not any(stage.quantization for stage in results.stages):
+        return Table("", [], [])
+    return Table(
+        title="Quantisation, the paper's",
+        columns=["scheme", "ARC-c", "ARC-e", "PIQA", "GPU", "TTFT ms", "time per token ms"],
+        rows=[
+            [
+                one.scheme,
+                *(_number(share, 4) for share in one.answers or (None,) * 3),
+                one.gpu or DASH,
+                _number(one.ttft_ms, 0),
+                _number(one.token_ms, 1),
+            ]
+            for one in paper.QUANTISATIONS
+        ],
+        notes=[f"{paper.SOURCE}: {paper.QUANTISATION_SETTING}. Not our measurements."],
+        paper=set(range(7)),
     )
 
 

@@ -112,6 +112,9 @@ class StageResult:
     shape: dict[str, int] = field(
         default_factory=dict
     )  # layers, hidden, intermediate, heads, kv_heads
+    quantization: dict[str, Any] = field(
+        default_factory=dict
+    )  # scheme, bits_mean, error_mean, error_mean_rtn, tokens; empty for full weights
     train_seconds: float | None = None
     train_tokens_per_second: float | None = None
 

@@ -248,7 +248,7 @@ class PruneAttention(_Pruning):
         return self
 
 
-class _Calibrated(_Pruning):
+class _Calibrated(BaseStage):
     subset: Subset = Subset()  # calibrate on its training sequences
     calibration_text: str | None = None  # or on this file's text, seen from the recipe's folder
 
@@ -268,7 +268,7 @@ class PruneAttentionStage(PruneAttention, _Calibrated):
     """The same where there are members and text of other kinds to calibrate on."""
 
 
-class PruneGradualStage(_Calibrated):
+class PruneGradualStage(_Pruning, _Calibrated):
     """Neurons leave in several steps, each healed by distillation from the unpruned model."""
 
     stage: Literal["prune_gradual"]
@@ -282,12 +282,32 @@ class PruneGradualStage(_Calibrated):
         return self
 
 
-class QuantiseStage(BaseStage):
-    """Weights rounded to nearest, one scale per output channel."""
+class QuantiseStage(_Calibrated):
+    """Weights and, but for w4a16, what they are multiplied with, in 8 or 4 bits."""
 
     stage: Literal["quantise"]
     from_: Name = Field(alias="from")
-    weights: Literal["int8"] = "int8"
+    # Those of slmperf.quant.SCHEMES and METHODS, whose import takes that of torch.
+    scheme: Literal["fp8", "fp8-static", "fp8-block", "w8a8", "w4a16"]
+    method: Literal["rtn", "gptq", "quantease", "gptq+quantease"] | None = None  # None: its own
+    group_size: int | None = None  # of w4a16: inputs that share a scale, -1 for all; None: 128
+    smooth: bool | None = None  # None: w8a8 is, the others not
+    calibration_rows: Count = 512  # pieces of data.context tokens, packed from sequences
+
+    @model_validator(mode="after")
+    def _fitting(self) -> QuantiseStage:
+        if self.group_size is not None and self.group_size < 1 and self.group_size != -1:
+            raise ValueError(f"group_size is {self.group_size}, expected -1 or at least 1")
+        for key, given, schemes in (
+            ("group_size", self.group_size is not None, ("w4a16",)),
+            ("smooth", bool(self.smooth), ("fp8", "fp8-static", "fp8-block", "w8a8")),
+        ):
+            if given and self.scheme not in schemes:
+                raise ValueError(
+                    f"{key} is given, expected scheme {' or '.join(schemes)} beside it, found "
+                    f"{self.scheme}"
+                )
+        return self
 
 
 Stage = Annotated[

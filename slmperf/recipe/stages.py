@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from slmperf import models
+from slmperf.calibrate.texts import packed_batches
 from slmperf.check import InputError
 from slmperf.distill import DistillationConfig, train
 from slmperf.models.files import write_atomically
 from slmperf.prune.gradual import GradualSchedule, Step
 from slmperf.prune.model import prune_model
 from slmperf.prune.results import PruneReport
-from slmperf.quant import Int8, quantize_model
+from slmperf.quant import quantize_model
 from slmperf.recipe.material import DRAW, Material
 from slmperf.recipe.plan import Job
 from slmperf.recipe.schema import (
@@ -47,6 +48,7 @@ class Made(NamedTuple):
     model: PreTrainedModel
     training: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
 
 
 def make(
@@ -65,9 +67,7 @@ def make(
     if isinstance(stage, PruneGradualStage):
         return prune_gradual(job, material, models.load(finished["from"]), folder, progress)
     if isinstance(stage, QuantiseStage):
-        model = models.load(finished["from"])
-        quantize_model(model, Int8())
-        return Made(model)
+        return quantise(job, material, models.load(finished["from"]), folder, progress)
     context = material.builder.context
     if "from" in finished:
         model = models.load(finished["from"])
@@ -251,12 +251,58 @@ def prune_gradual(
     return Made(reports[-1].model, training=_told(trainings), pruning=_pruned(reports))
 
 
+def quantise(
+    job: Job,
+    material: Material,
+    model: PreTrainedModel,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Made:
+    """Quantise the model as the stage says; finished blocks are kept in `folder`."""
+    stage = job.stage
+    source, sequences = _calibrated_on(stage, material)
+    report = quantize_model(
+        model,
+        stage.scheme,
+        packed_batches(sequences, stage.calibration_rows, material.builder.context),
+        method=stage.method,
+        group_size=stage.group_size,
+        smooth=stage.smooth,
+        source=source,
+        tokenizer=material.tokenizer,
+        resume=folder / "blocks",
+        progress=progress,
+    )
+    layers = report.layers
+    told = ("name", "method", "bits", "relative_error", "relative_error_rtn", "alpha", "note")
+    return Made(
+        model,
+        quantization={
+            "scheme": stage.scheme,
+            "source": source,
+            "tokens": report.tokens,
+            "seconds": round(report.seconds, 3),
+            "bytes_before": report.bytes_before,
+            "bytes_after": report.bytes_after,
+            "bits_mean": _mean([layer.bits for layer in layers]),
+            "error_mean": _mean([layer.relative_error for layer in layers]),
+            "error_mean_rtn": _mean([layer.relative_error_rtn for layer in layers]),
+            "layers": [{name: getattr(layer, name) for name in told} for layer in layers],
+        },
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    taken = [value for value in values if value is not None]
+    return sum(taken) / len(taken) if taken else None
+
+
 def _pruning_settings(stage: Any) -> dict[str, Any]:
     return {"method": stage.method, "mode": stage.mode, "damping": stage.damping}
 
 
 def _calibrated_on(stage: Any, material: Material) -> tuple[str, list[np.ndarray]]:
-    """What a stage of pruning is calibrated on: where it is from, in words, and its token ids."""
+    """What a stage is calibrated on: where it is from, in words, and its token ids."""
     name = stage.calibration_text
     if name is not None:
         return f"generic: {name}", material.texts[name].sequences

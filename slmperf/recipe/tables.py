@@ -102,6 +102,9 @@ def _row(jobs: list[Job], manifests: list[Manifest]) -> StageResult:
         seeds=[SeedMetrics(**one.metrics) for one in manifests if one.metrics is not None],
         shape=shape,
     )
+    if first.quantization is not None:
+        told = ("scheme", "bits_mean", "error_mean", "error_mean_rtn", "tokens")
+        row.quantization = {key: first.quantization[key] for key in told}
     if first.training is not None:
         row.train_seconds = sum(one.training["seconds"] for one in manifests if one.training)
         row.train_tokens_per_second = first.training["tokens_per_second"]

@@ -37,6 +37,8 @@ class Made(Protocol):
     def training(self) -> dict[str, Any] | None: ...
     @property
     def pruning(self) -> dict[str, Any] | None: ...
+    @property
+    def quantization(self) -> dict[str, Any] | None: ...
 
 
 # job, {"from" | "teacher": folder of a finished checkpoint}, folder of the training, progress
@@ -127,6 +129,7 @@ class Work:
             weight_bytes=models.weight_bytes(made.model),
             training=made.training,
             pruning=made.pruning,
+            quantization=made.quantization,
         )
         manifest.write(folder)
         shutil.rmtree(training, ignore_errors=True)

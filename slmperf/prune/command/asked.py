@@ -12,7 +12,7 @@ from slmperf.check import InputError, parse_tokens
 from slmperf.plan import LatencyModel
 from slmperf.prune.block import BlockSizes
 from slmperf.prune.budget import Budget, check_target, solve_budget
-from slmperf.prune.command.commands import EVAL_SPLIT, GPU, GRANULARITY, PROMPT, TENSOR_PARALLEL
+from slmperf.prune.command.commands import GPU, GRANULARITY, PROMPT, TENSOR_PARALLEL
 from slmperf.prune.layer.methods import METHODS
 from slmperf.prune.layer.solve import Solver
 from slmperf.prune.model import MODES
@@ -21,24 +21,7 @@ from slmperf.prune.targets import Target, parse_target
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True)
-class Texts:
-    """The options that say what to calibrate and measure on."""
-
-    files: Mapping[str, Path]  # "in-domain" and "generic", what is given of them
-    split: str | None
-    samples: int
-    generic_samples: int | None  # None: as `samples`
-    answers_only: bool
-    context: int | None
-    evaluate: Path | None
-    eval_split: str
-
-    def samples_of(self, source: str) -> int:
-        """Calibration sequences of a file, at most."""
-        own = self.generic_samples if source == "generic" else None
-        return self.samples if own is None else own
+    from slmperf.command.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -150,12 +133,7 @@ class Asked:
             raise InputError(f"--mode: wanted one of {', '.join(MODES)}, found {self.mode!r}")
         if not self.compare and len(self.methods) > 1:
             raise InputError("--method: wanted one method without --compare, found several")
-        for option, count in (
-            ("--samples", texts.samples),
-            ("--generic-samples", texts.samples_of("generic")),
-        ):
-            if count < 1:
-                raise InputError(f"{option}: wanted a number >= 1, found {count}")
+        texts.check()
         if not texts.files:
             raise InputError(
                 "wanted --calibration or --generic, text to calibrate on, found neither"
@@ -184,7 +162,7 @@ class Asked:
         """InputError for an option that nothing would come of."""
         swapped = any(method.startswith("osscar") for method in self.methods)
         timed = self.milliseconds is not None
-        evaluated, generic = texts.evaluate is not None, "generic" in texts.files
+        generic = "generic" in texts.files
         for option, given, useful, wanted in (
             ("--prune", bool(self.dimensions), not sizes, "a target"),
             ("--granularity", self.granularity != GRANULARITY, not sizes, "a target"),
@@ -192,7 +170,6 @@ class Asked:
             ("--prompt", self.prompt != PROMPT, timed, "--milliseconds"),
             ("--tp", self.tp != TENSOR_PARALLEL, timed, "--milliseconds"),
             ("--swaps", self.swaps != 0, swapped, "--method osscar"),
-            ("--eval-split", texts.eval_split != EVAL_SPLIT, evaluated, "--eval"),
             ("--generic-samples", texts.generic_samples is not None, generic, "--generic"),
         ):
             if given and not useful:

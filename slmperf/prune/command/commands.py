@@ -6,13 +6,13 @@ and nothing is written before the result is there.
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from slmperf.command import EVAL_SPLIT
+from slmperf.command.terminal import bars, print_table
 
 if TYPE_CHECKING:
     from slmperf.prune.command.job import Job
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 # What options say where they are not given; giving another word where they cannot matter is refused
 # (job.py).
-GRANULARITY, GPU, PROMPT, TENSOR_PARALLEL, EVAL_SPLIT = 512, "h100", "16k", 1, "eval"
+GRANULARITY, GPU, PROMPT, TENSOR_PARALLEL = 512, "h100", "16k", 1
 
 
 def prune(
@@ -103,7 +103,8 @@ def prune(
     with --compare only comparison.json and comparison.svg. Stock Transformers reads it, or
     slmperf.models where layers differ; slmperf.models.export_for_engine writes those for vLLM.
     """
-    from slmperf.prune.command.asked import Asked, Texts
+    from slmperf.command.texts import Texts
+    from slmperf.prune.command.asked import Asked
     from slmperf.prune.command.job import Job
 
     asked = Asked(
@@ -148,11 +149,11 @@ def _prune(job: Job) -> None:
 
     for note in job.notes:
         typer.echo(note)
-    with _bars() as stage:
+    with bars() as stage:
         done = job.prune(stage)
     for note in done.notes:
         typer.echo(note)
-    _print(layer_table(done.report))
+    print_table(layer_table(done.report))
     typer.echo(summary(done.report))
     if done.after is not None:
         typer.echo(f"{job.measure_name}: {done.before:.4f} before, {done.after:.4f} after")
@@ -164,56 +165,11 @@ def _compare(job: Job) -> None:
 
     for note in job.notes:
         typer.echo(note)
-    with _bars() as stage:
+    with bars() as stage:
         found = job.compare(stage)
-    _print(comparison_table(found))
+    print_table(comparison_table(found))
     for name, seconds in found.pass_seconds.items():
         order = found.elimination_seconds.get(name)
         more = "" if order is None else f", one elimination for all sizes {order:.1f} s"
         typer.echo(f"{name}: {found.tokens[name]:,} tokens, one pass {seconds:.1f} s{more}")
     typer.echo(f"wrote {job.out}")
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    # A pipe has no width; 120 columns keep a line of the table a line of the log.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Bars with the time left, one under the other, of each title one that starts at its first call
-    of (done, total); off a terminal invisible.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskID,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    shown = Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with shown:
-
-        def stage(title: str) -> Callable[[int, int], None]:
-            tasks: list[TaskID] = []
-
-            def move(done: int, total: int) -> None:
-                if not tasks:
-                    tasks.append(shown.add_task(title, total=None))
-                shown.update(tasks[0], completed=done, total=total)
-
-            return move
-
-        yield stage

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from slmperf import arch, models
+from slmperf import models
+from slmperf.calibrate.texts import CalibrationSet
 from slmperf.check import InputError
-from slmperf.data.text import load_tokenizer
-from slmperf.models.checkpoint import read_config
+from slmperf.command.places import (
+    check_new,
+    check_writable,
+    device,
+    full_config,
+    load_model,
+    written,
+)
+from slmperf.command.texts import Texts
+from slmperf.engine.quality import Measure
 from slmperf.models.files import write_atomically, write_folder
 from slmperf.models.structure import FAMILIES, family_of
-from slmperf.prune.command.asked import Asked, Texts
-from slmperf.prune.command.commands import EVAL_SPLIT
+from slmperf.prune.command.asked import Asked
 from slmperf.prune.command.report import plot_comparison, plot_curves
 from slmperf.prune.compare import Comparison, compare_methods
 from slmperf.prune.curves import error_curves
 from slmperf.prune.model import Mode, Progress, prune_model
 from slmperf.prune.results import PruneReport
-from slmperf.prune.texts import (
-    CalibrationSet,
-    Measure,
-    Vocabulary,
-    has_splits,
-    read_calibration,
-    read_measure,
-)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_LONGEST = 2048  # tokens of a calibration sequence where nothing else is said
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-# Of a title a function that says how much of it is done: progress(done, total).
-Stages = Callable[[str], Progress]
+    from slmperf.command.terminal import Stages
 
 
 class Done(NamedTuple):
@@ -71,51 +65,24 @@ class Job:
     @classmethod
     def read(cls, folder: Path, out: Path, asked: Asked, texts: Texts) -> Job:
         """Check options, model and files; InputError in one line for the first thing wrong."""
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out}: wanted a new or empty folder, found files")
+        check_new(out)
         asked.check(texts)
-        _check_writable(out)
+        check_writable(out)
         if asked.spill is not None:
-            _check_writable(asked.spill / "spilled")
+            check_writable(asked.spill / "spilled")
         config = _config(folder)
         sizes, notes = asked.sizes(config)
-        tokenizer = None
-        if any((folder / name).is_file() for name in _TOKENIZER):
-            tokenizer = load_tokenizer(folder)
-        longest = int(getattr(config, "max_position_embeddings", _LONGEST))
-        if texts.context is not None and not 2 <= texts.context <= longest:
-            raise InputError(f"--context: wanted 2 to {longest} tokens, found {texts.context}")
-        vocabulary = Vocabulary(
-            tokenizer, config.vocab_size, texts.context or min(longest, _LONGEST)
+        read = texts.read(folder, config)
+        notes += read.notes
+        return cls(
+            folder, out, asked, config, sizes, notes, read.tokenizer, read.sets, read.measure
         )
-        for option, given, paths in (
-            ("--split", texts.split is not None, texts.files.values()),
-            ("--eval-split", texts.eval_split != EVAL_SPLIT, filter(None, [texts.evaluate])),
-        ):
-            if given and not any(map(has_splits, paths)):
-                raise InputError(f"{option}: wanted JSONL whose lines have splits, found none")
-        sets = [
-            read_calibration(
-                path,
-                source,
-                vocabulary,
-                samples=texts.samples_of(source),
-                split=texts.split,
-                answers_only=texts.answers_only,
-            )
-            for source, path in texts.files.items()
-        ]
-        measure = None
-        if texts.evaluate is not None:
-            measure = read_measure(texts.evaluate, vocabulary, split=texts.eval_split)
-            notes += filter(None, map(measure.seen, sets))
-        return cls(folder, out, asked, config, sizes, notes, tokenizer, sets, measure)
 
     def prune(self, stage: Stages) -> Done:
         """Prune, measure, write; `stage` is told how far each part of it is."""
         if self.asked.stream:
             return self._stream(stage("prune"))
-        model, batches = self._load(), self.sets[0].batches
+        model, batches = load_model(self.folder, self.config), self.sets[0].batches
         before = self.measure.of(model, stage("measure")) if self.measure is not None else None
         sizes, notes = self._sizes(model, stage)
         report = prune_model(model, batches, **sizes, **self._settings(), progress=stage("prune"))
@@ -127,7 +94,7 @@ class Job:
             after = self.measure.of(pruned, stage("measure again"))
             more[self.measure.name] = {"before": before, "after": after}
         report = replace(report, settings={**report.settings, **more})
-        with _written(self.out), write_folder(self.out) as aside:
+        with written(self.out), write_folder(self.out) as aside:
             models.write_pretrained(pruned, self.tokenizer, aside)
             _write_report(report, aside)
         return Done(report, before, after, notes)
@@ -160,14 +127,14 @@ class Job:
         def told(report: PruneReport) -> PruneReport:
             return replace(report, settings={**report.settings, **self._told()})
 
-        with _written(self.out):
+        with written(self.out):
             report = prune_checkpoint(
                 self.folder,
                 self.out,
                 self.sets[0].batches,
                 **self.sizes[0],
                 **self._settings(),
-                device=_device(),
+                device=device(),
                 progress=progress,
                 finish=lambda aside, report: _write_report(told(report), aside),
             )
@@ -188,13 +155,14 @@ class Job:
 
     def _told(self) -> dict[str, Any]:
         """What the report's settings say beside those of prune_model."""
-        return {"target": str(self.asked.targets[0])} if self.asked.targets else {}
+        base = {"base": str(self.folder)}
+        return base | {"target": str(self.asked.targets[0])} if self.asked.targets else base
 
     def compare(self, stage: Stages) -> Comparison:
         """Prune copies, measure, write the comparison."""
         measure = self.measure
         found = compare_methods(
-            self._load(),
+            load_model(self.folder, self.config),
             {one.source: one.batches for one in self.sets},
             self.sizes,
             methods=self.asked.methods,
@@ -211,43 +179,10 @@ class Job:
             score=None if measure is None else lambda model: measure.of(model, None),
             progress=stage("compare"),
         )
-        with _written(self.out), write_folder(self.out) as aside:
+        with written(self.out), write_folder(self.out) as aside:
             write_atomically(aside / "comparison.json", found.to_json())
             plot_comparison(found, aside / "comparison.svg")
         return found
-
-    def _load(self) -> PreTrainedModel:
-        """The model in its own precision, where it is to run."""
-        import torch
-
-        dtype = getattr(self.config, "dtype", None) or torch.float32
-        return models.load(self.folder, dtype=dtype).to(_device())
-
-
-def _device() -> str:
-    return "cuda" if arch.cuda_name() else "cpu"
-
-
-@contextlib.contextmanager
-def _written(out: Path) -> Iterator[None]:
-    """InputError in one line where the disk does not take what is written."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"{out}: wanted to write the result, found: {told}") from error
-
-
-def _check_writable(path: Path) -> None:
-    """InputError where no folder can be made beside `path`, or of those above it."""
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: wanted a folder to write to, found: {error.strerror}") from None
 
 
 def _write_report(report: PruneReport, folder: Path) -> None:
@@ -257,11 +192,7 @@ def _write_report(report: PruneReport, folder: Path) -> None:
 
 
 def _config(folder: Path) -> PretrainedConfig:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: wanted a checkpoint folder, found none")
-    config = read_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{folder}: wanted full weights to prune, found a quantised model")
+    config = full_config(folder, "prune")
     if family_of(config) not in FAMILIES:
         names = ", ".join(FAMILIES.values())
         raise InputError(f"{folder}: {config.model_type} cannot be pruned; wanted {names}")

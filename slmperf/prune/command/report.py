@@ -5,32 +5,28 @@ The figures themselves are `PruneReport.to_json` and `Comparison.to_json`.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmperf.check import check_plot
-from slmperf.models.files import write_atomically
+from slmperf.command.terminal import digits, new_table
+from slmperf.plots import COLOURS, panels, write_figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.table import Table
 
     from slmperf.prune.compare import Comparison
     from slmperf.prune.results import LayerPruned, PruneReport
 
-# Paul Tol's bright scheme: distinct for the colour-blind.
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _SIZES = {"intermediate_size": "neurons", "attention_heads": "heads", "key_value_heads": "KV heads"}
 _KINDS = {"down_proj": "neurons removed, %", "o_proj": "heads removed, %"}
 
 
 def layer_table(report: PruneReport) -> Table:
     """A row for each layer pruned: what stayed, the error, the time."""
-    table = _table(
+    table = new_table(
         f"{report.settings['method']}, {report.settings['mode']}, {report.tokens:,} tokens of "
         f"{report.calibration.get('source') or 'the calibration set'}",
         ("layer", "kept", "of", "error %", "tokens", "Gram s", "solve s"),
@@ -67,9 +63,9 @@ def comparison_table(found: Comparison) -> Table:
     sets, scored = len(found.tokens) > 1, found.before is not None
     columns = ["size", "parameters", *["calibration"] * sets, "method", "layer error %"]
     columns += [*[found.measure] * scored, "seconds"]
-    table = _table(f"{found.mode}; errors are means over the layers pruned", columns)
+    table = new_table(f"{found.mode}; errors are means over the layers pruned", columns)
     first = ["before", f"{found.parameters:,}", *[""] * (2 + sets)]
-    table.add_row(*first, *[_number(found.before)] * scored, "", end_section=True)
+    table.add_row(*first, *[digits(found.before)] * scored, "", end_section=True)
     for number, row in enumerate(found.rows):
         error, score = found.best(row)
         cells = [
@@ -78,7 +74,7 @@ def comparison_table(found: Comparison) -> Table:
             *[row.calibration] * sets,
             row.method,
             f"{100 * row.error:.4g}" + "*" * (row.error == error),
-            *[_number(row.score) + "*" * (row.score == score)] * scored,
+            *[digits(row.score) + "*" * (row.score == score)] * scored,
             f"{row.seconds:.2f}",
         ]
         last = number + 1 == len(found.rows) or found.rows[number + 1].sizes != row.sizes
@@ -105,13 +101,13 @@ def plot_curves(layers: Sequence[LayerPruned], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     drawn = [layer for layer in layers if layer.curve]
-    panels = {
+    kinds = {
         label: [layer for layer in drawn if layer.name.endswith(ending)]
         for ending, label in _KINDS.items()
     }
-    panels = {label: found for label, found in panels.items() if found}
-    figure = Figure(figsize=(1.5 + 4.5 * max(1, len(panels)), 4.0), layout="constrained")
-    for axes, (label, found) in zip(_axes(figure, len(panels)), panels.items(), strict=False):
+    kinds = {label: found for label, found in kinds.items() if found}
+    figure = Figure(figsize=(1.5 + 4.5 * max(1, len(kinds)), 4.0), layout="constrained")
+    for axes, (label, found) in zip(panels(figure, len(kinds)), kinds.items(), strict=False):
         for place, layer in enumerate(found):
             share = [100 * (n + 1) / layer.groups for n in range(len(layer.curve))]
             colour = colormaps["viridis_r"](0.1 + 0.8 * place / max(1, len(found) - 1))
@@ -122,7 +118,7 @@ def plot_curves(layers: Sequence[LayerPruned], path: str | Path) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("error of the layer's output, %")
         axes.legend(fontsize=8, frameon=False)
-    _save(figure, path, kind)
+    write_figure(figure, path, kind)
 
 
 def plot_comparison(found: Comparison, path: str | Path) -> None:
@@ -135,60 +131,29 @@ def plot_comparison(found: Comparison, path: str | Path) -> None:
 
     scored = found.before is not None
     figure = Figure(figsize=(6.5 + 4.5 * scored, 4.2), layout="constrained")
-    panels = _axes(figure, 1 + scored)
+    drawings = panels(figure, 1 + scored)
     methods = list(dict.fromkeys(row.method for row in found.rows))
-    for colour, method in zip(_COLOURS, methods, strict=False):
+    for colour, method in zip(COLOURS, methods, strict=False):
         for style, name in zip(("-", "--", ":", "-."), found.tokens, strict=False):
             rows = [row for row in found.rows if (row.method, row.calibration) == (method, name)]
             rows = sorted(rows, key=lambda row: row.parameters)
             label = method if len(found.tokens) == 1 else f"{method}, {name}"
             size = [row.parameters / 1e6 for row in rows]
             drawn: dict[str, Any] = {"color": colour, "ls": style, "marker": "o", "ms": 4}
-            panels[0].plot(size, [100 * row.error for row in rows], label=label, **drawn)
+            drawings[0].plot(size, [100 * row.error for row in rows], label=label, **drawn)
             if scored:
-                panels[1].plot(size, [row.score or math.nan for row in rows], **drawn)
-    panels[0].set_ylabel("mean error of the layers pruned, %")
+                drawings[1].plot(size, [row.score or math.nan for row in rows], **drawn)
+    drawings[0].set_ylabel("mean error of the layers pruned, %")
     if scored:
-        panels[1].axhline(found.before or 0.0, color="#777777", linestyle=(0, (4, 3)), lw=1)
-        panels[1].set_ylabel(f"{found.measure} (dashed: before)")
+        drawings[1].axhline(found.before or 0.0, color="#777777", linestyle=(0, (4, 3)), lw=1)
+        drawings[1].set_ylabel(f"{found.measure} (dashed: before)")
         if found.measure == "perplexity":
-            panels[1].set_yscale("log")
-    for axes in panels:
+            drawings[1].set_yscale("log")
+    for axes in drawings:
         axes.set_xlabel("parameters, millions")
-    panels[0].legend(fontsize=8, frameon=False)
-    _save(figure, path, kind)
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        text = column in ("layer", "method", "calibration", "size")
-        table.add_column(column, justify="left" if text else "right")
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}" if value < 10 else f"{value:.4g}"
+    drawings[0].legend(fontsize=8, frameon=False)
+    write_figure(figure, path, kind)
 
 
 def _short(name: str) -> str:
     return f"layer {name.split('.')[2]}"
-
-
-def _axes(figure: Figure, count: int) -> list[Axes]:
-    found = figure.subplots(1, max(1, count), squeeze=False)[0]
-    for axes in found:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.grid(color="#eeeeee")
-        axes.set_axisbelow(True)
-    return list(found)
-
-
-def _save(figure: Figure, path: str | Path, kind: str) -> None:
-    content = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None  # the same figure, the same file
-    figure.savefig(content, format=kind, dpi=130, metadata=metadata)
-    write_atomically(path, content.getvalue())

@@ -15,7 +15,9 @@ from slmperf.ops.round_columns import round_columns
 from slmperf.ops.weight_spec import Scales, WeightSpec
 
 _ROWS = 256  # of the Gram matrix in its own dtype at a time
-BLOCK = 64  # columns: the product stays efficient, and the steps of a tile in the first-level cache
+# Columns of a block by device. A processor keeps the steps of a tile in its first-level cache; a
+# GPU wants products large enough to fill it, and few launches.
+BLOCK = {"cpu": 64, "cuda": 256}
 
 
 class Columns:
@@ -37,14 +39,15 @@ class Columns:
         order: Tensor,
         damping: float = 0.0,
         mask: Tensor | None = None,
-        block: int = BLOCK,
+        block: int | None = None,
     ) -> None:
         """weight (out, in) floating, gram (in, in) floating; mask (out, in) bool: False stays 0.
 
         damping is added to the diagonal, times its mean. An input whose diagonal is 0 is rounded on
         its own.
         """
-        self.spec, self.order, self._block = spec, order, block
+        self.spec, self.order = spec, order
+        self._block = block or BLOCK[weight.device.type]
         self.weight = weight.detach().T[order].float()
         self.current = self.weight.clone()
         self.error = torch.zeros_like(self.weight)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from slmperf.ops.weight_spec import Scales, WeightSpec
 
-_ROWS, _COLUMNS = 256, 512  # of the weight and of the Gram matrix at a time
+# Rows of the weight and columns of the Gram matrix at a time, by device: little memory on a
+# processor, enough work for a GPU.
+_PIECES = {"cpu": (256, 512), "cuda": (8192, 2048)}
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ class Layer:
         shape = (self.weight.shape[0], self.weight.shape[1])
         diagonal = self.gram.diagonal().double()
         mean, root = float(diagonal.mean()) or 1.0, diagonal.sqrt().to(dtype)
+        height, width = _PIECES[self.weight.device.type]
         found = torch.zeros(len(rows), dtype=torch.float64, device=self.weight.device)
         sizes = torch.zeros_like(found)
-        for start in range(0, len(rows), _ROWS):
-            part = slice(start, start + _ROWS)
+        for start in range(0, len(rows), height):
+            part = slice(start, start + height)
             own_rows = rows[part]
             error = self.weight[own_rows].detach().to(dtype)
             if codes is not None and scales is not None:
@@ -86,9 +89,9 @@ class Layer:
                 if scales.zero_point is not None:
                     value -= self.spec.spread(scales.zero_point, shape, own_rows)
                 error -= value.mul_(self.spec.spread(scales.scale, shape, own_rows))
-            for column in range(0, shape[1], _COLUMNS):
+            for column in range(0, shape[1], width):
                 # H is symmetric: what is above its diagonal counts twice.
-                end = min(shape[1], column + _COLUMNS)
+                end = min(shape[1], column + width)
                 own = (self.gram[:end, column:end] / mean).to(dtype)
                 own[:column] *= 2
                 product = error[:, :end] @ own

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from slmperf.quant.layer.columns import Columns
 
 _FACTORS = torch.linspace(1.0, 0.5, 41)[1:].tolist()
-_CHUNK = 2**17  # values looked at together: they and what is made of them stay in the caches
+# Values looked at together, by device: a processor keeps them and what is made of them in its
+# caches; a GPU wants few launches.
+_CHUNK = {"cpu": 2**17, "cuda": 2**26}
 
 
 def search_scales(weight: Tensor, diagonal: Tensor, spec: WeightSpec, dtype: torch.dtype) -> Scales:
@@ -33,7 +35,7 @@ def search_scales(weight: Tensor, diagonal: Tensor, spec: WeightSpec, dtype: tor
     scale, zero_point = first.scale.clone(), None
     if first.zero_point is not None:
         zero_point = first.zero_point.clone()
-    step = max(1, _CHUNK // inputs)
+    step = max(1, _CHUNK[weight.device.type] // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
         part = weight[rows].detach().float().view(-1, groups, inputs // groups)

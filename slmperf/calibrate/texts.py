@@ -1,22 +1,23 @@
-"""texts: files as calibration sets and as what a pruned model is measured on.
+"""texts: files as calibration sets.
 
 .jsonl with task, history, candidate ...   ranking prompts (`slmperf.data.jsonl`): the earlier
-              ones of every member calibrate, the later ones are scored: AUC
-other .jsonl  text or token ids (`slmperf.data.text`), a sequence a line: perplexity
-anything else plain text, cut into sequences as long as the context: perplexity
+              ones of every member calibrate, the later ones are for measuring
+other .jsonl  text or token ids (`slmperf.data.text`), a sequence a line
+anything else plain text, cut into sequences as long as the context
+
+What a model is measured on is read from the same kinds of files: `slmperf.engine.quality`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slmperf.check import InputError
 
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from slmperf.data import Prompt, PromptBuilder
-    from slmperf.prune.model import Progress
 
 _BATCH_TOKENS = 8192  # padded tokens of a batch, at least one sequence
 _DRAW = 0  # seed of the draw of sequences: the same file gives the same calibration set
-_HISTORY = 0.8  # share of a member's prompts, in order of time, that calibrate
+_WHOLE = 2**40  # tokens: no line has more
+HISTORY = 0.8  # share of a member's prompts, in order of time, that calibrate
 
 
 class Vocabulary(NamedTuple):
@@ -40,30 +41,11 @@ class Vocabulary(NamedTuple):
 
 
 class CalibrationSet(NamedTuple):
-    """Batches of a file, as `prune_model` takes them, in order of length."""
+    """Batches of a file, as `prune_model` and `quantize_model` take them, in order of length."""
 
     source: str  # "in-domain: FILE" or "generic: FILE"
     batches: list[dict[str, Tensor]]
-    sequences: frozenset[bytes]  # the token ids (T,) of each, int64
-
-
-class Measure(NamedTuple):
-    """A figure of a model on a file."""
-
-    name: str  # "perplexity", "AUC"
-    rises: bool  # whether more is better
-    of: Callable[[nn.Module, Progress | None], float]
-    sequences: frozenset[bytes]  # the token ids (T,) of each that is measured, int64
-
-    def seen(self, calibration: CalibrationSet) -> str:
-        """In words how many of the measured sequences also calibrate; "" for none."""
-        count = len(self.sequences & calibration.sequences)
-        if not count:
-            return ""
-        return (
-            f"{self.name}: {count:,} of {len(self.sequences):,} measured sequences are among those "
-            f"of {calibration.source}, to which the pruned model is fitted"
-        )
+    sequences: frozenset[bytes]  # the token ids (T,) of each sequence of the file, int64
 
 
 class _Example(NamedTuple):
@@ -81,102 +63,90 @@ def read_calibration(
     samples: int,
     split: str | None = None,
     answers_only: bool = False,
+    packed: bool = False,
+    held_out: bool = False,
 ) -> CalibrationSet:
     """At most `samples` sequences of a file, drawn once.
 
     split: only lines of this split; None: all but those of the split "eval".
+    held_out: the other way round: lines of the split `split` or "eval" and those without a split,
+        late prompts instead of early ones; for errors on text that calibrates nothing.
     answers_only: only the tokens count from which those of an answer (ranking prompts) or a
         completion are predicted.
+    packed: `samples` are pieces of `vocabulary.context` tokens, put together from sequences
+        (`pack`); all tokens count.
     Raises InputError for a file without a sequence, for ids that the model does not know, and for
     lines that do not say what their answer is where only answers count.
     """
-    if _holds_prompts(path):
-        builder, prompts = _prompts(path, vocabulary)
-        training = builder.from_prompts(prompts, _HISTORY)[0]
+    if holds_prompts(path):
+        builder, prompts = ranking_prompts(path, vocabulary)
+        training, ranking = builder.from_prompts(prompts, HISTORY)
         found = [_Example(one.input_ids, one.answer) for one in training]
+        if held_out:  # of a prompt's candidates the first
+            found = [_Example(np.append(one.prefix, one.candidates[0]), None) for one in ranking]
     else:
         found = _examples(
-            path, vocabulary, lambda one: one == split if split else one != "eval", answers_only
+            path,
+            vocabulary,
+            measured(split) if held_out else lambda one: one == split if split else one != "eval",
+            answers=answers_only,
+            whole=packed,
         )
     if answers_only:  # without a token before an answer nothing of a sequence would count
         found = [one for one in found if one.answer is not None and one.answer[1:].any()]
     if not found:
         raise InputError(f"{path}: wanted calibration sequences, found none")
-    _check_ids(path, [one.input_ids for one in found], vocabulary)
-    drawn = np.random.default_rng(_DRAW).permutation(len(found))[:samples]
-    chosen = sorted((found[i] for i in drawn.tolist()), key=lambda one: len(one.input_ids))
-    batches = list(_batches(chosen, answers_only))
-    ids = _bytes(one.input_ids for one in chosen)
-    return CalibrationSet(f"{source}: {path.name}", batches, ids)
+    check_ids(path, [one.input_ids for one in found], vocabulary)
+    if packed:
+        pieces, used = pack([one.input_ids for one in found], samples, vocabulary.context)
+        chosen = sorted((_Example(piece, None) for piece in pieces), key=_length)
+        ids = ids_of(found[i].input_ids[: vocabulary.context] for i in used)
+    else:
+        drawn = np.random.default_rng(_DRAW).permutation(len(found))[:samples]
+        chosen = sorted((found[i] for i in drawn.tolist()), key=_length)
+        ids = ids_of(one.input_ids for one in chosen)
+    return CalibrationSet(f"{source}: {path.name}", list(_batches(chosen, answers_only)), ids)
 
 
-def read_measure(path: Path, vocabulary: Vocabulary, *, split: str | None = None) -> Measure:
-    """AUC on a file of ranking prompts, perplexity on any other.
-
-    split: only lines of this split; None: those of the split "eval" where lines have splits.
-    Raises InputError as `read_calibration`, and for prompts whose labels are all the same.
+def pack(
+    sequences: Sequence[np.ndarray], samples: int, context: int
+) -> tuple[list[np.ndarray], list[int]]:
+    """At most `samples` pieces of `context` tokens from sequences (T,) drawn once and put one
+    behind the other, and the numbers of those that were used. Where they are too few for all
+    pieces the last one is shorter: nothing is padded and nothing lost.
     """
-    if _holds_prompts(path):
-        return _auc(path, vocabulary)
-    from slmperf.evaluate import perplexity
-
-    found = read_sequences(path, vocabulary, lambda one: one in ((split or "eval"), None))
-    if not any(len(one) > 1 for one in found):
-        raise InputError(f"{path}: wanted sequences of two tokens to predict, found none")
-    _check_ids(path, found, vocabulary)
-
-    def of(model: nn.Module, progress: Progress | None = None) -> float:
-        with _counted(model, sum(map(len, found)), progress):
-            return perplexity(model, found)
-
-    return Measure("perplexity", False, of, _bytes(found))
+    used, pieces = [], []
+    room = samples * context
+    for number in np.random.default_rng(_DRAW).permutation(len(sequences)).tolist():
+        if room <= 0:
+            break
+        used.append(number)
+        pieces.append(sequences[number][:room])
+        room -= len(pieces[-1])
+    whole = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    return [whole[start : start + context] for start in range(0, len(whole), context)], used
 
 
-@contextlib.contextmanager
-def _counted(model: nn.Module, total: int, progress: Progress | None) -> Iterator[None]:
-    """Tell progress(tokens done, total) after each of the model's forward passes."""
-    done = 0
+def packed_batches(
+    sequences: Sequence[np.ndarray], samples: int, context: int
+) -> list[dict[str, Tensor]]:
+    """Batches of the pieces that `pack` makes of sequences (T,) of token ids."""
+    pieces, _ = pack(sequences, samples, context)
+    chosen = sorted((_Example(piece, None) for piece in pieces), key=_length)
+    return list(_batches(chosen, answers_only=False))
 
-    def count(module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
-        nonlocal done
-        done = min(total, done + arguments[0].numel())  # padding too: it cannot pass the total
-        if progress is not None:
-            progress(done, total)
 
-    handle = model.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+def measured(split: str | None) -> Callable[[str | None], bool]:
+    """Whether a line's split is to be measured: it is `split`, or "eval" for None, or not said."""
+    return lambda one: one in (split or "eval", None)
 
 
 def has_splits(path: Path) -> bool:
     """Whether lines of the file may have splits: no plain text, no ranking prompts."""
-    return path.suffix == ".jsonl" and not _holds_prompts(path)
+    return path.suffix == ".jsonl" and not holds_prompts(path)
 
 
-def _auc(path: Path, vocabulary: Vocabulary) -> Measure:
-    from slmperf.engine import score_prompts
-    from slmperf.evaluate import evaluate_tasks, task_scores
-
-    builder, prompts = _prompts(path, vocabulary)
-    ranking = builder.from_prompts(prompts, _HISTORY)[1]
-    for task in builder.tasks:
-        labels = {int(x) for one in ranking if one.task == task.name for x in one.labels}
-        if labels != {0, 1}:
-            raise InputError(
-                f"{path}: task {task.name}: wanted late prompts with label 0 and 1, found "
-                f"{sorted(labels) or 'none'}"
-            )
-
-    def of(model: nn.Module, progress: Progress | None = None) -> float:
-        scores = score_prompts(model, ranking, builder.answer_ids, progress=progress)
-        return evaluate_tasks(task_scores(ranking, scores)).auc_mean
-
-    return Measure("AUC", True, of, frozenset())  # what calibrates comes before what is scored
-
-
-def _holds_prompts(path: Path) -> bool:
+def holds_prompts(path: Path) -> bool:
     """Whether the first line is a ranking prompt; InputError where the file cannot be read."""
     if path.suffix != ".jsonl":
         return False
@@ -191,7 +161,10 @@ def _holds_prompts(path: Path) -> bool:
     return isinstance(value, dict) and {"task", "candidate"} <= value.keys()
 
 
-def _prompts(path: Path, vocabulary: Vocabulary) -> tuple[PromptBuilder, list[Prompt]]:
+def ranking_prompts(path: Path, vocabulary: Vocabulary) -> tuple[PromptBuilder, list[Prompt]]:
+    """The ranking prompts of a file, and what makes token ids of them; InputError without a
+    tokenizer.
+    """
     from slmperf.data import PromptBuilder, Task, read_prompts
 
     prompts = read_prompts(path)
@@ -214,17 +187,25 @@ def read_sequences(
     """Token ids (T,) of the lines whose split is wanted, or of the pieces of a plain text, in
     order. InputError for a file that cannot be read, and text without a tokenizer.
     """
-    return [one.input_ids for one in _examples(path, vocabulary, wanted, False)]
+    return [one.input_ids for one in _examples(path, vocabulary, wanted)]
 
 
 def _examples(
-    path: Path, vocabulary: Vocabulary, wanted: Callable[[str | None], bool], answers: bool
+    path: Path,
+    vocabulary: Vocabulary,
+    wanted: Callable[[str | None], bool],
+    *,
+    answers: bool = False,
+    whole: bool = False,
 ) -> list[_Example]:
-    """See read_sequences. answers: every line must say what its answer is."""
+    """See read_sequences. answers: every line must say what its answer is. whole: lines are not cut
+    to the context.
+    """
     from slmperf.data.text import read_lines, tokenize
 
     context, tokenizer = vocabulary.context, vocabulary.tokenizer
     if path.suffix == ".jsonl":
+        context = _WHOLE if whole else context
         lines = [line for line in read_lines(path) if wanted(line.split)]
         given, texts = [], [line for line in lines if line.input_ids is None]
         for line in lines:
@@ -271,17 +252,23 @@ def _check_unicode(where: str, texts: Iterable[str]) -> None:
             raise InputError(f"{where}: wanted Unicode text, found a lone {half!a}") from None
 
 
-def _bytes(sequences: Iterable[np.ndarray]) -> frozenset[bytes]:
+def ids_of(sequences: Iterable[np.ndarray]) -> frozenset[bytes]:
+    """The token ids (T,) of each, int64, as bytes: what two files have in common."""
     return frozenset(np.asarray(one, np.int64).tobytes() for one in sequences)
 
 
-def _check_ids(path: Path, sequences: Sequence[np.ndarray], vocabulary: Vocabulary) -> None:
+def check_ids(path: Path, sequences: Sequence[np.ndarray], vocabulary: Vocabulary) -> None:
+    """InputError for token ids (T,) that the model does not know."""
     largest = max(int(one.max()) for one in sequences)
     if largest >= vocabulary.size:
         raise InputError(
             f"{path}: token id {largest}, wanted ids below {vocabulary.size}: is the tokenizer "
             "that of another model?"
         )
+
+
+def _length(example: _Example) -> int:
+    return len(example.input_ids)
 
 
 def _batches(sequences: Sequence[_Example], answers_only: bool) -> Iterator[dict[str, Tensor]]:
