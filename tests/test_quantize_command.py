@@ -245,6 +245,10 @@ def test_models_that_cannot_be_quantised(slmperf, folder):
     models.save(mixtral(), None, folder / "model")
     code, _, wrong = quantize(slmperf, folder, "--scheme", "fp8")
     assert code == 2 and "mixture of experts" in wrong and wrong.count("\n") == 1
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "vit"}))
+    code, _, wrong = quantize(slmperf, folder, "--scheme", "fp8")
+    assert code == 2 and "wanted a causal language model, found one of type vit" in wrong
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")

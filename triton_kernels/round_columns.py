@@ -20,9 +20,9 @@ from torch import Tensor
 
 from slmperf.triton_kernels.common import configured, on_device
 
-# (capability, bytes per element) -> columns of a group, outputs of a program, warps. 0 is the
-# interpreter. A warp's outputs are its threads, so that programs of one warp spread widest. Not
-# yet tuned on a device.
+# (capability, bytes per element) -> columns of a group, outputs of a program, columns at a time of
+# the products, warps. 0 is the interpreter. Programs of one warp, an output for each thread, spread
+# over the device the widest. Not yet tuned on one.
 CONFIGS = {
     (0, 4): (16, 64, 16, 1),
     (80, 4): (32, 32, 8, 1),

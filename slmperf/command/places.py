@@ -45,10 +45,19 @@ def written(out: Path) -> Iterator[None]:
 
 
 def model_config(folder: Path) -> PretrainedConfig:
-    """The configuration of the checkpoint in `folder`; InputError where there is none."""
+    """The configuration of the checkpoint in `folder`; InputError where there is none, or none of a
+    causal language model.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: wanted a checkpoint folder, found none")
-    return read_config(folder)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = read_config(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{folder}: wanted a causal language model, found one of type {config.model_type}"
+        )
+    return config
 
 
 def full_config(folder: Path, act: str) -> PretrainedConfig:
