@@ -39,7 +39,11 @@ def quantize(
         float | None, Option(help="Over the mean of the Gram's diagonal; as the method says.")
     ] = None,
     calibration: Annotated[
-        Path | None, Option(help="In-domain text, JSONL or plain, or ranking prompts.")
+        Path | None,
+        Option(
+            help="In-domain text, JSONL or plain, or ranking prompts; fp8, fp8-block and --method "
+            "rtn can do without."
+        ),
     ] = None,
     generic: Annotated[Path | None, Option(help="Generic text to calibrate on instead.")] = None,
     split: Annotated[
