@@ -37,8 +37,10 @@ quickstart: install
 	$(BIN)/slmperf run examples/recipes/quickstart.yaml \
 	    --out runs/quickstart$(if $(DATA),-$(notdir $(abspath $(DATA))) --data $(DATA))
 
-# $(call pytest,seconds,arguments): INT first, so that pytest still prints the slowest tests.
-pytest = timeout --signal=INT --kill-after=30 $(1) $(BIN)/python -m pytest --durations=10 $(2) || \
+# $(call pytest,seconds,arguments): a process for each of two cores, file by file.
+# INT first, so that pytest still prints the slowest tests.
+pytest = OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=30 $(1) $(BIN)/python -m pytest \
+    --numprocesses=2 --dist=loadfile --durations=10 $(2) || \
     { code=$$?; [ $$code -ne 124 ] || echo "error: over the budget of $(1) s"; exit $$code; }
 
 test: install

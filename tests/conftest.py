@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# The machine that the budget of make test was set on has two cores.
+# The machine that the budget of make test was set on has two cores; make gives each its process.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -36,8 +36,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
         interpreter.cure()
     files = {item.path.name for item in session.items}
-    # Alone they are compiled where they are asked for.
+    # Alone, and where the other core has its own tests, they are compiled where they are asked for.
     among_others = "test_kernels_compile.py" in files and len(files) > 10
+    among_others = among_others and "PYTEST_XDIST_WORKER" not in os.environ
     if among_others and find_spec("triton") and not session.config.option.collectonly:
         command = ["nice", "-n", "15", sys.executable, str(ROOT / "bench/kernels_check.py")]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -94,6 +95,15 @@ def slmperf(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return end.value.code or 0, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,6 +27,8 @@ from slmperf.recipe.distillation.report import main_table
 from slmperf.recipe.distillation.results import Results, summarise, t_interval
 from slmperf.recipe.distillation.runner import open_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 TINY = """
 name: tiny
@@ -84,15 +86,6 @@ tables:
   single_stage: {fkl: fkl}
   on_policy: {tokens_200: own-4, tokens_300: own-6}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

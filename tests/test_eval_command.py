@@ -3,15 +3,16 @@
 import json
 import shutil
 import sys
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from small_commands import write_ids
 from small_models import llama
-from test_prune_command import write_ids
 
 from slmperf import models
-from slmperf.bench.evaluation import layers
+from slmperf.bench.evaluation import job, layers
 from slmperf.calibrate.texts import Vocabulary, read_calibration
 from slmperf.data import prompt_texts, read_prompts, train_tokenizer
 from slmperf.data.text import train_text_tokenizer
@@ -65,6 +66,26 @@ def test_perplexity_beside_the_base(slmperf, folder):
     assert sizes["weights, MiB"]["after"] < sizes["weights, MiB"]["before"]
     assert f"{before:.4g}" in said and f"{after:.4g}" in said and "change %" in said
     assert found["layers"] == [] and found["base"] == str(folder / "base")
+
+
+@pytest.mark.parametrize("more", [(), ("--layers", "--calibration", "ids.jsonl")])
+def test_the_base_is_gone_when_the_model_comes(slmperf, folder, monkeypatch, more):
+    """Unless the errors of layers want both."""
+    monkeypatch.chdir(folder)
+    seen, load = [], job.load_model
+
+    def loaded(*arguments):
+        alive = [one() is not None for one in seen]
+        model = load(*arguments)
+        seen.append(weakref.ref(model))
+        alive_before.append(alive)
+        return model
+
+    alive_before = []
+    monkeypatch.setattr(job, "load_model", loaded)
+    code, _, wrong = evaluate(slmperf, folder, "--text", "ids.jsonl", *more)
+    assert code == 0, wrong
+    assert alive_before == [[], [bool(more)]]
 
 
 def test_a_pruned_model_names_its_base_too(slmperf, folder):

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from small_commands import checkpoint_and_ids, write_ids
 from small_models import llama, mixtral
 from transformers import AutoModelForCausalLM
 
@@ -29,25 +30,9 @@ from slmperf.prune.results import PruneReport
 WORDS = "a red fox and two blue birds sat by the old stone bridge near our river".split()
 
 
-def write_ids(path, count=40, vocabulary=64, seed=0, split=None):
-    """JSONL of random token ids of different lengths; the last ten lines are of split "eval"."""
-    generator = np.random.default_rng(seed)
-    lines = []
-    for number in range(count):
-        line = {"input_ids": generator.integers(0, vocabulary, 8 + number % 20).tolist()}
-        if split:
-            line["split"] = "eval" if number >= count - 10 else split
-        lines.append(json.dumps(line))
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """A small checkpoint without a tokenizer and a file of token ids."""
-    models.save(llama(), None, tmp_path / "model")
-    write_ids(tmp_path / "ids.jsonl", split="train")
-    return tmp_path
+    return checkpoint_and_ids(tmp_path)
 
 
 def prune(slmperf, folder, *options, out="out", calibration="ids.jsonl"):

@@ -6,43 +6,39 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
-from test_prune_recipes import RECIPES, toy
+from small_recipes import RECIPES, toy
 
 from slmperf.check import InputError
 from slmperf.models import load
 from slmperf.models.quantized import QuantizedLinear
 from slmperf.quant import METHODS, SCHEMES
-from slmperf.recipe import Recipe, run
+from slmperf.recipe import Recipe, report, run
 from slmperf.recipe.plan import plan
 from slmperf.recipe.schema import QuantiseStage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = RECIPES / "quantise.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# The last stage of the example, and of the toy its layers of two schemes.
+W4 = "scheme: w4a16, calibration_rows: 32"
+MIXED = "scheme: w4a16, overrides: {'*.o_proj': fp8}, kv_cache: true, calibration_rows: 32"
+SCHEMES_RUN = {"w8a8": "w8a8", "w4a16": "w4a16, fp8, fp8 keys and values"}  # by stage
 
 
 def manifest(out: Path, stage: str) -> dict:
     return json.loads((out / stage / "manifest.json").read_text())
 
 
-def checked(out: Path, stages: list[str], results) -> None:
+def checked(out: Path, results) -> None:
     """Manifests, models and tables of the quantised stages."""
     report = (out / "report.md").read_text()
     table = report.partition("## Quantisation\n")[2].partition("\n## ")[0]
-    assert table.count("\n| ") == 1 + 1 + 1 + len(stages)  # head, line, the student, each
+    assert table.count("\n| ") == 1 + 1 + 1 + len(SCHEMES_RUN)  # head, line, the student, each
     assert "| student | –" in table and "## Quantisation, the paper's" in report
     full = manifest(out, "student")["weight_bytes"]
-    for name in stages:
+    for name, schemes in SCHEMES_RUN.items():
         told, row = manifest(out, name)["quantization"], results.stage(name)
-        assert told["scheme"] == row.quantization["scheme"] == name.partition("-q")[0]
+        assert told["scheme"] == row.quantization["scheme"] == schemes
         assert told["source"].startswith("in-domain: ") and told["tokens"] == 4 * 128
         assert told["bytes_after"] == manifest(out, name)["weight_bytes"] < full
         assert 0 < told["error_mean"] <= told["error_mean_rtn"] * 1.0001
@@ -52,22 +48,30 @@ def checked(out: Path, stages: list[str], results) -> None:
         line = next(line for line in table.splitlines() if line.startswith(f"| {row.title} |"))
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         assert cells[1] == told["scheme"] and "–" not in cells
-        assert float(cells[4]) == pytest.approx(100 * told["error_mean"], rel=0.01)
+        for place, mean in ((4, "error_mean"), (6, "held_out_error_mean")):
+            assert float(cells[place]) == pytest.approx(100 * told[mean], rel=0.01)
         assert f"{row.mean('auc_mean'):.4f}" in cells and f"{row.latency.prefill_ms:.2f}" in cells
 
 
-def test_schemes_side_by_side(tmp_path):
+def test_schemes_side_by_side(tmp_path, monkeypatch):
     """Quality and latency of each stand in one table, beside the model with full weights."""
+    monkeypatch.setattr(report, "_plots", lambda results: [])  # which take longer than all else
     recipe = toy("quantise", tmp_path)
-    kept = ("w8a8", "w4a16")
     lines = [
-        line.replace("calibration_rows: 32", "calibration_rows: 4")
+        line
         for line in recipe.read_text().splitlines()
-        if "stage: quantise" not in line or re.search(r"name: ([\w-]+),", line)[1] in kept
+        if "stage: quantise" not in line or re.search(r"name: ([\w-]+),", line)[1] in SCHEMES_RUN
     ]
-    recipe.write_text("\n".join(lines))
+    text = "\n".join(lines).replace(W4, MIXED).replace("rows: 32", "rows: 4")
     out = tmp_path / "out"
-    checked(out, list(kept), run(recipe, out))
+    recipe.write_text(text.replace("*.o_proj", "*.k_proj"))
+    with pytest.raises(InputError, match=r"stages \(w4a16\): overrides: wanted one scheme for"):
+        run(recipe, out)  # before anything is trained
+    assert not (out / "teacher").exists()
+    recipe.write_text(text)
+    checked(out, run(recipe, out))
+    cache = load(out / "w4a16").config.quantization_config["kv_cache_scheme"]
+    assert cache and manifest(out, "w4a16")["quantization"]["layers"][3]["scheme"] == "fp8"
 
 
 @pytest.mark.slow
@@ -95,6 +99,7 @@ def test_a_recipe_knows_all_schemes_and_methods():
     "old,new,said",
     [
         ("scheme: fp8,", "scheme: int8,", "(fp8).scheme: expected 'fp8'"),
+        ("scheme: fp8,", "scheme: fp8, overrides: {'*': int8},", "(fp8).overrides"),
         ("scheme: fp8,", "scheme: fp8, weights: int8,", "(fp8).weights: unknown key"),
         ("scheme: fp8,", "scheme: fp8, group_size: 64,", "(fp8): group_size is given, expected"),
         ("scheme: fp8,", "scheme: fp8, method: awq,", "(fp8).method: expected"),

@@ -3,28 +3,34 @@
 import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small_commands import checkpoint_and_ids, write_ids
 from small_models import llama, mixtral
-from test_prune_command import write_ids
 
 from slmperf import models
 from slmperf.calibrate.texts import Vocabulary, pack, read_calibration
+from slmperf.check import InputError
 from slmperf.engine.quality import read_measure
 from slmperf.models.quantized import QuantizedLinear
 from slmperf.quant import QuantReport
-from slmperf.quant.command import commands
+from slmperf.quant.command import commands, job
+from slmperf.quant.command.report import plot_layers
 
 W4 = ("--scheme", "w4a16", "--group-size", 16)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small checkpoint without a tokenizer and a file of token ids."""
-    models.save(llama(), None, tmp_path / "model")
-    write_ids(tmp_path / "ids.jsonl", split="train")
-    return tmp_path
+    return checkpoint_and_ids(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Half of a small run's time goes into the figure: one test draws it."""
+    monkeypatch.setattr(job, "plot_layers", lambda layers, path: path.write_text("a figure"))
 
 
 def quantize(slmperf, folder, *options, out="out", calibration="ids.jsonl"):
@@ -39,7 +45,8 @@ def report_of(folder, out="out"):
 # ---- what is written
 
 
-def test_a_model_is_quantised_measured_and_written(slmperf, folder):
+def test_a_model_is_quantised_measured_and_written(slmperf, folder, monkeypatch):
+    monkeypatch.setattr(job, "plot_layers", plot_layers)
     ids = folder / "ids.jsonl"
     code, said, wrong = quantize(slmperf, folder, *W4, "--eval", ids, "--held-out", ids)
     assert code == 0, wrong
@@ -130,8 +137,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(slmperf, folder, monkeypatch, mo
         patch.setattr(driver.Quantizing, "_quantize", dies)
         assert quantize(slmperf, folder, *W4, *more)[0] == 130
     assert done == [0] and (folder / "out.parts").is_dir() and not (folder / "out").exists()
-    code, _, wrong = quantize(slmperf, folder, "--scheme", "w8a8", *more)
-    assert code == 2 and "out.parts" in wrong  # of another quantisation
+    with monkeypatch.context() as patch:  # of another quantisation, which is seen at once
+        patch.setattr(models, "load", lambda *_, **__: pytest.fail("the weights are read"))
+        code, said, wrong = quantize(slmperf, folder, "--scheme", "w8a8", *more)
+    parts = folder / "out.parts"
+    assert code == 2 and f"error: {parts}: wanted blocks of scheme 'w8a8', found 'w4a16'" in wrong
+    assert f"delete {parts} to begin anew" in wrong and wrong.count("\n") == 1 and not said
     code, said, wrong = quantize(slmperf, folder, *W4, *more)
     assert code == 0, wrong
     assert "going on with the blocks in" in said and "1 blocks of an earlier run" in said
@@ -224,7 +235,7 @@ def test_bad_options_are_one_line_and_write_nothing(slmperf, folder, monkeypatch
 @pytest.mark.parametrize(
     "options,words",
     [
-        (W4, "text for scheme w4a16 by method gptq+quantease, found neither"),
+        (W4, "text for scheme w4a16-g16 by method gptq+quantease, found neither"),
         (("--scheme", "fp8-static"), "text for scheme fp8-static"),
         (("--scheme", "fp8", "--kv-cache"), "text for --kv-cache"),
         (("--scheme", "fp8", "--split", "train"), "--split: wanted --calibration or --generic"),
@@ -260,8 +271,6 @@ def test_models_that_cannot_be_quantised(slmperf, folder):
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_blocks(slmperf, folder, monkeypatch):
-    from slmperf.quant.command import job
-
     def fail(*_):
         raise OSError(28, "no space left")
 
@@ -272,3 +281,65 @@ def test_a_full_disk_is_one_line_and_keeps_the_blocks(slmperf, folder, monkeypat
     assert "no space left" in wrong and not (folder / "out").exists()
     code, said, _ = quantize(slmperf, folder, *W4)
     assert code == 0 and "2 blocks of an earlier run" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--stream",)])
+def test_errors_of_other_files_are_theirs(slmperf, folder, monkeypatch, more):
+    from slmperf.quant import driver
+
+    def fail(self, index, block):
+        raise OSError(5, "input/output error", folder / "spilled" / "states")
+
+    monkeypatch.setattr(driver.Quantizing, "_quantize", fail)
+    code, _, wrong = quantize(slmperf, folder, *W4, *more)
+    assert code == 2 and wrong == f"error: {folder / 'spilled' / 'states'}: input/output error\n"
+
+
+def test_parts_beside_a_finished_model_are_named(slmperf, folder, monkeypatch):
+    """A run was killed when OUT was whole and its parts not yet deleted."""
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "shutil", SimpleNamespace(rmtree=killed))
+        assert quantize(slmperf, folder, *W4)[0] == 130
+    assert models.load(folder / "out") and (folder / "out.parts").is_dir()
+    code, _, wrong = quantize(slmperf, folder, *W4)
+    assert code == 2 and "found a finished quantisation" in wrong and wrong.count("\n") == 1
+    assert f"needs {folder / 'out.parts'} no more: delete that" in wrong
+
+
+def test_figures_that_are_not_finite_lose_no_model(slmperf, folder, monkeypatch):
+    """Of a broken model perplexity is infinite; where a measure fails after the work, there is no
+    figure. What was quantised is written."""
+    from slmperf import evaluate
+
+    broken = llama()
+    with torch.no_grad():
+        broken.lm_head.weight *= 1e5
+    models.save(broken, None, folder / "model")
+    options = (*W4, "--method", "rtn", "--eval", folder / "ids.jsonl")
+    code, said, wrong = quantize(slmperf, folder, *options)
+    assert code == 0, wrong
+    assert "perplexity: inf before, inf after" in said
+    assert report_of(folder).settings["perplexity"] == {"before": None, "after": None}
+    code, said, wrong = slmperf(
+        "eval", folder / "out", "--text", folder / "ids.jsonl", "--json", folder / "found.json"
+    )
+    assert code == 0 and "%" in said and "nan" not in said, wrong
+    figures = json.loads((folder / "found.json").read_text())["figures"]["perplexity"]
+    assert figures["before"] is figures["after"] is figures["change_pct"] is None
+    calls = []
+
+    def once(model, found):
+        calls.append(model)
+        if len(calls) > 1:
+            raise InputError("auc: 3 scores are not finite")
+        return 5.0
+
+    monkeypatch.setattr(evaluate, "perplexity", once)
+    code, said, wrong = quantize(slmperf, folder, *options, out="other")
+    assert code == 0 and "perplexity: 5.0000 before, nan after" in said, wrong
+    assert report_of(folder, "other").settings["perplexity"] == {"before": 5.0, "after": None}
+    assert models.load(folder / "other").config.quantization_config

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_pruning import logits, model_of, random_batches
+from small_smoothing import gemma
 from stories260k import batches, load_stories260k, perplexity, story_tokens
 from test_shrink import made, neurons
-from test_smooth import gemma
 from torch import Tensor, nn
 
+from slmperf.calibrate import BlockStream, Gram
 from slmperf.check import InputError
 from slmperf.models import PrunedForCausalLM, load, parameters, save, shrink, weight_bytes
 from slmperf.models.quantized import LinearScheme, QuantizedLinear, held_weights
@@ -22,10 +25,12 @@ from slmperf.quant import (
     LayerQuantized,
     QuantReport,
     Scheme,
+    driver,
     quantize_model,
     quantize_weight,
     smooth,
 )
+from slmperf.quant.unit import Solved
 
 # Groups of 8 of a model's 32 inputs; nothing is smoothed but where a test says so: it takes long.
 W4 = {"scheme": "w4a16", "group_size": 8}
@@ -94,6 +99,26 @@ def test_layers_are_solved_behind_the_quantised_ones() -> None:
     weight, made = dense.get_submodule(last).weight, model.get_submodule(last).dequantized()
     elsewhere = relative(weight, made, gram_of(dense, last, data))
     assert rows[last].relative_error != pytest.approx(elsewhere, rel=1e-3)
+
+
+def test_gram_matrices_are_freed_as_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Gram] = weakref.WeakSet()
+    taken, solve, found = BlockStream.grams, driver.quantize_unit, []
+
+    def grams(*given: Any) -> dict[str, Gram]:
+        made = taken(*given)
+        alive.update(made.values())
+        return made
+
+    def counted(*given: Any, **named: Any) -> dict[str, Solved]:
+        found.append(len(alive))
+        return solve(*given, **named)
+
+    monkeypatch.setattr(BlockStream, "grams", grams)
+    monkeypatch.setattr(driver, "quantize_unit", counted)
+    model, data = model_of(num_hidden_layers=1), random_batches()
+    quantize_model(model, calibration=data, held_out=data, method="gptq", **W4)
+    assert found == [3, 2, 1, 0]  # what is solved has its matrices in fp32 by then
 
 
 def test_padding_does_not_count() -> None:
@@ -235,12 +260,16 @@ def test_schemes_differ_by_pattern(tmp_path: Path) -> None:
     rows = by_name(report)
     assert rows["model.layers.0.mlp.up_proj"].scheme == "w8a8"
     assert rows["model.layers.0.mlp.up_proj"].method == "gptq"
-    assert rows["model.layers.0.self_attn.v_proj"].scheme == "w4a16"
+    assert rows["model.layers.0.self_attn.v_proj"].scheme == "w4a16-g16"
     assert rows["model.layers.1.self_attn.o_proj"].scheme == "w3"
     assert type(model.model.layers[1].mlp.up_proj) is nn.Linear and len(rows) == 15
     assert model.model.layers[0].self_attn.q_proj.scheme.weights.group_size == 16
     assert report.settings["overrides"]["model.layers.1.self_attn.o_proj"] == "w3"
-    assert report.settings["methods"] == {"w4a16": "gptq+quantease", "w8a8": "gptq", "w3": "gptq"}
+    assert report.settings["methods"] == {
+        "w4a16-g16": "gptq+quantease",
+        "w8a8": "gptq",
+        "w3": "gptq",
+    }
     save(model, None, tmp_path / "mixed")
     assert torch.equal(logits(load(tmp_path / "mixed"), data[0]), logits(model, data[0]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,10 +40,46 @@ def test_inputs_that_are_not_finite_round_to_nearest() -> None:
 
 def test_what_cannot_be_smoothed_is_not() -> None:
     model, data = overflowing(), random_batches()
-    down = by_name(quantize_model(model, "w8a8", data))["model.layers.0.mlp.down_proj"]
+    rows = by_name(quantize_model(model, "w8a8", data))
+    down = rows.pop("model.layers.0.mlp.down_proj")
+    assert {row.note for row in rows.values()} == {""}  # they are searched for all the same
     assert down.alpha is None and down.method == "rtn"
     assert down.note.startswith("not smoothed: model.layers.0.mlp.down_proj")
     assert down.note.endswith("rounded to nearest") and "\n" not in down.note
+
+
+def test_fixed_scales_are_of_what_is_finite() -> None:
+    model, data = overflowing(), random_batches()
+    rows = by_name(quantize_model(model, "fp8-static", data, kv_cache=True))
+    down = rows.pop("model.layers.0.mlp.down_proj")
+    assert "inputs: wanted finite values" in down.note and "scale is of the others" in down.note
+    assert {row.note for row in rows.values()} == {""}
+    scale = model.model.layers[0].mlp.down_proj.input_scale
+    assert bool(torch.isfinite(scale)) and float(scale) > 0
+
+
+def test_nothing_finite_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    data = random_batches()
+    for overrides in ({}, {"*.self_attn.[qkv]_proj": None}):
+        model = model_of(num_hidden_layers=2)
+        with torch.no_grad():  # finite weights whose products overflow: all behind them is NaN
+            model.model.layers[1].input_layernorm.weight.fill_(3e38)
+            model.model.layers[1].self_attn.v_proj.weight.mul_(1e4)
+        caplog.clear()
+        report = quantize_model(
+            model, "fp8-static", data, kv_cache=True, smooth=True, overrides=overrides
+        )
+        rows = by_name(report)
+        down, value = (rows.get(f"model.layers.1.{name}") for name in
+                       ("mlp.down_proj", "self_attn.v_proj"))  # fmt: skip
+        assert down.method == "rtn" and "inputs: " in down.note and "a scale of 1" in down.note
+        assert model.model.layers[1].mlp.down_proj.input_scale == 1
+        assert model.model.layers[1].self_attn.v_scale == 1
+        if value is not None:
+            assert "self_attn: values: " in value.note
+        else:  # the layer has no row
+            assert any("self_attn: values: " in one.message for one in caplog.records)
+        assert QuantReport.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptq+quantease", "quantease"])
@@ -101,11 +138,11 @@ BAD = {
     "no pattern": ({"overrides": {"*.q_proj*": "w4a16", "*.lm_head": None}}, "matches none"),
     "parted q and k": (
         {"overrides": {"model.layers.2.self_attn.k_proj": None}},
-        r"overrides: .*model\.layers\.2\.self_attn\.q_proj and k_proj.*found w4a16 and none",
+        r"overrides: .*model\.layers\.2\.self_attn\.q_proj and k_proj.*found w4a16-g8 and none",
     ),
     "parted gate and up": (
         {"overrides": {"*.up_proj": "w8a8"}},
-        r"model\.layers\.0\.mlp\.gate_proj and up_proj.*found w4a16 and w8a8",
+        r"model\.layers\.0\.mlp\.gate_proj and up_proj.*found w4a16-g8 and w8a8",
     ),
     "everything left": ({"overrides": {"*": None}}, "at least one layer to quantise"),
     "unknown override": ({"overrides": {"*": "w5a16"}}, "wanted one of fp8, .*'w5a16'"),
@@ -131,7 +168,14 @@ BAD = {
         r"layers\.0\.self_attn\.q_proj: blocks of 128 outputs do not divide its 32 outputs",
     ),
     "damping": ({"damping": -1.0}, "damping: wanted a number >= 0, found -1.0"),
-    "no text": ({"calibration": None}, "calibration: wanted text for scheme w4a16 by method gptq"),
+    "damping of nothing": (
+        {"damping": 0.1, "method": "rtn"}, "damping: wanted a method that uses it .*found only rtn"
+    ),
+    "two schemes of one name": (
+        {"overrides": {"*.mlp.*": replace(scheme_named("w4a16", 16), name="w4a16-g8")}},
+        "overrides: wanted a name of its own for every scheme, found 'w4a16-g8' for two",
+    ),
+    "no text": ({"calibration": None}, "wanted text for scheme w4a16-g8 by method gptq"),
     "no text, static": (
         {"calibration": None, "scheme": "fp8-static", "group_size": None},
         "calibration: wanted text for scheme fp8-static",

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_pruning import logits, model_of, random_batches
+from small_smoothing import gemma
 from small_training import ended, start_ranks
 from test_prune_checkpoint import words
-from test_smooth import gemma
 from torch import nn
 
 from slmperf.check import InputError
@@ -122,6 +123,23 @@ def test_artefacts_of_other_runs_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         other.model.layers[2].mlp.up_proj.weight[0, 0] += 1
     refused("artefacts of model '", other)
+    for name, what in (
+        (
+            "model.layers.1.mlp.up_proj",
+            r"resume: .*block-00001\..*made of model\.layers\.1 as it is",
+        ),
+        ("model.embed_tokens", "artefacts of outside_blocks"),
+    ):
+        other = model_of()
+        with torch.no_grad():
+            other.get_submodule(name).weight[-1, -1] += 1  # not in what tells models apart at once
+        refused(what, other)
+    manifest = json.loads((resume / "manifest.json").read_text())
+    assert manifest["device"] == "cpu" and manifest["torch"] == torch.__version__
+    for key in ("device", "torch", "slmperf"):
+        (resume / "manifest.json").write_text(json.dumps(manifest | {key: "other"}))
+        refused(f"artefacts of {key} '.*', found 'other'")
+    (resume / "manifest.json").write_text(json.dumps(manifest))
     three_bits = Scheme("w4", LinearScheme(WeightSpec(bits=3, group_size=8)))
     refused("artefacts of schemes .*WeightSpec.*found .*Int4", scheme=three_bits)
     block = resume / "block-00001.safetensors"
@@ -129,6 +147,16 @@ def test_artefacts_of_other_runs_are_refused(tmp_path: Path) -> None:
     for spoilt in (whole[:-9], b"", whole[:300]):
         block.write_bytes(spoilt)
         refused(r"block-00001\.safetensors: wanted a block as a quantisation keeps it")
+    block.write_bytes(whole)
+    with safe_open(block, framework="pt") as file:
+        told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    norm = "input_layernorm.weight"
+    for spoilt, what in (
+        ({name: one for name, one in tensors.items() if name != norm}, f"without tensor {norm}"),
+        (tensors | {"self_attn.k_scale": torch.ones(1)}, "an unknown tensor self_attn.k_scale"),
+    ):
+        save_file(spoilt, block, told)
+        refused(what)
     block.write_bytes(whole)
     (resume / "manifest.json").write_text("[")
     refused(r"manifest\.json: wanted a quantisation's manifest")

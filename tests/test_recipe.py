@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_recipes import RECIPES
 
 from slmperf import cli
 from slmperf.check import InputError
@@ -33,7 +34,8 @@ from slmperf.recipe.results import Results
 from slmperf.recipe.schema import Training
 from slmperf.recipe.stages import training_config
 
-RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = RECIPES / "tiny.yaml"
 STAGES = [
     "teacher",
@@ -53,15 +55,6 @@ STAGES = [
     "gradual",
     "uniform",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -113,5 +113,47 @@ def test_what_does_not_fit_is_refused() -> None:
         round_columns(**good | {"current": good["current"].double()}, impl="cpu")
     with pytest.raises(RuntimeError, match="group names more groups than the 3"):
         round_columns(**good | {"group": good["group"] + 5})
-    with pytest.raises(RuntimeError, match="scale is not contiguous"):
-        round_columns(**good | {"scale": good["scale"].T.contiguous().T})
+    with pytest.raises(ValueError, match="group is torch.int32, expected torch.int64"):
+        round_columns(**good | {"group": good["group"].int()})
+    with pytest.raises(ValueError, match="current is not contiguous"):
+        round_columns(**good | {"current": good["current"].T.contiguous().T})
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_views_are_taken_as_their_copies(impl: str) -> None:
+    arguments = block(40, 70, "int", zeros=True, masked=True)
+    wanted = rounded(arguments, impl)
+    views = {
+        name: value.T.contiguous().T
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and name != "current"
+        else value
+        for name, value in arguments.items()
+    }
+    assert not views["scale"].is_contiguous()
+    round_columns(**views, impl=impl)
+    assert torch.equal(views["current"], wanted)
+
+
+def test_the_loop_in_a_compiled_graph() -> None:
+    arguments = block(20, 64, "int", zeros=True)
+    wanted = rounded(arguments, "cpu")
+
+    def call(current: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        round_columns(**arguments | {"current": current, "gradient": gradient * 2})
+        return current + 1
+
+    made = torch.compile(call, fullgraph=True, backend="aot_eager")(
+        arguments["current"].clone(), arguments["gradient"] / 2
+    )
+    assert torch.equal(made, wanted + 1)
+
+
+def test_writes_stay_within_current() -> None:
+    arguments = block(16, 65, "int")
+    wanted = rounded(arguments, "cpu")
+    buffer = torch.full((16 * 65 + 33,), 7.5)
+    current = buffer[17 : 17 + 16 * 65].view(16, 65)  # not aligned to a vector
+    current.copy_(arguments["current"])
+    round_columns(**arguments | {"current": current})
+    assert torch.equal(current, wanted)
+    assert (buffer[:17] == 7.5).all() and (buffer[17 + 16 * 65 :] == 7.5).all()

@@ -18,9 +18,10 @@ from slmperf.check import InputError
 from slmperf.models import load, save
 from slmperf.models.quantized import LinearScheme, QuantizedLinear
 from slmperf.ops.activation_spec import ActivationSpec
-from slmperf.ops.weight_spec import Int8
-from slmperf.quant import smooth, smoothing
-from slmperf.quant.folds import LINEARS, folded, folds_of
+from slmperf.ops.weight_spec import Int8, WeightSpec
+from slmperf.quant import quantize_model, smooth, smoothing
+from slmperf.quant.folds import folded, folds_of
+from slmperf.quant.plan import LINEARS
 from slmperf.quant.smoothing import check_smoothing, is_smoothed, smooth_block
 from slmperf.quant.statistics import static_input_scales
 
@@ -47,7 +48,7 @@ def quantized_error(
     for name in LINEARS:
         layer = rounded(replaced.get_submodule(name), scheme)
         if name in scales:
-            layer.input_scale.copy_(scales[name] * 448 / 127.5)  # int8, not fp8
+            layer.input_scale.copy_(scales[name].scale * 448 / 127.5)  # int8, not fp8
         replaced.set_submodule(name, layer)
     wrong = energy = 0.0
     pairs = zip(
@@ -375,10 +376,57 @@ def test_the_search_takes_some_batches_the_peaks_all(monkeypatch):
     assert sum(stream.token_counts) > 150
 
 
-def test_inputs_that_are_not_finite_are_named():
+@torch.no_grad()
+def test_inputs_that_are_not_finite_stay_and_the_others_are_smoothed():
+    model = with_outliers(MODELS["llama"]())
+    block = model.model.layers[0]
+    for name in ("gate_proj", "up_proj"):
+        block.mlp.get_submodule(name).weight[5] *= 1e3
+    block.mlp.down_proj.weight[:, 5] /= 1e6
+    model.half()  # in which the product of gate and up overflows
+    before = state_of(model)
+    report = smooth_block(stream_of(model), 0, W8A8, [0.5])
+    assert list(report.notes) == ["mlp.up_proj"] and report.alphas["mlp.up_proj"] is None
+    assert "layers.0.mlp.down_proj: inputs: wanted finite" in report.notes["mlp.up_proj"]
+    assert torch.equal(block.mlp.down_proj.weight, before["model.layers.0.mlp.down_proj.weight"])
+    assert report.alphas["input_layernorm"] == 0.5
+    assert report.relative_error < report.relative_error_unsmoothed
+
+
+def test_groups_that_do_not_divide_are_named():
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj: group_size 48 does not"):
+        scheme = LinearScheme(WeightSpec(bits=8, group_size=48), W8A8.activations)
+        smooth_block(stream_of(MODELS["llama"]()), 0, {"mlp.down_proj": scheme}, [0.5])
+
+
+@torch.no_grad()
+def test_an_alpha_whose_scales_overflow_is_not_chosen(monkeypatch):
+    model = with_outliers(MODELS["llama"]())
+    tops: list[float] = []  # of the weight unsmoothed, by alpha 0.4, by alpha 0.7
+    own = Int8.scales
+
+    def scales(self, weight, *rest):
+        top = float(weight.abs().max())
+        if len(tops) == 3 and top == tops[1]:
+            raise InputError("scale: wanted less")
+        tops[:] = tops if len(tops) == 3 else [*tops, top]
+        return own(self, weight, *rest)
+
+    monkeypatch.setattr(Int8, "scales", scales)
+    found = []
+    for _ in range(2):
+        stream = stream_of(copy.deepcopy(model))
+        found.append(smooth_block(stream, 0, {"mlp.down_proj": W8A8}, [0.4, 0.7]).alphas)
+    assert found == [{"mlp.up_proj": 0.4}, {"mlp.up_proj": 0.7}]
+
+
+def test_a_model_that_nothing_was_chosen_for_is_not_marked():
     model = MODELS["llama"]()
-    model.model.layers[1].mlp.up_proj.weight.data *= 1e38
-    stream = stream_of(model)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj: inputs: wanted finite"):
-        for index in range(2):
-            smooth_block(stream, index, W8A8, [0.5])
+    for block in model.model.layers:
+        for name in LINEARS:  # zeros lose nothing: no choice is better
+            block.get_submodule(name).weight.data.zero_()
+    report = smooth(model, random_batches(), alphas=[0.5])
+    assert {alpha for one in report.blocks for alpha in one.alphas.values()} == {None}
+    assert not is_smoothed(model.config)
+    quantize_model(model, "w8a8", random_batches())
+    assert not is_smoothed(model.config)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from slmperf.calibrate import BlockStream
 from slmperf.check import InputError
-from slmperf.quant.folds import LINEARS
+from slmperf.quant.plan import LINEARS
 from slmperf.quant.smoothing import smooth_block
 from slmperf.quant.statistics import input_peaks, kv_scales, static_input_scales
 
@@ -85,24 +85,52 @@ def test_static_scales_are_those_of_the_text(name):
         scales = static_input_scales(stream, index, LINEARS)
         for part in LINEARS:
             wanted = peaks[f"model.layers.{index}.{part}"]
-            torch.testing.assert_close(scales[part], wanted.max() / 448)
-            torch.testing.assert_close(input_peaks(stream, index, [part])[part], wanted)
-        assert len({float(scales[f"self_attn.{part}_proj"]) for part in "qkv"}) == 1
+            torch.testing.assert_close(scales[part].scale, wanted.max() / 448)
+            torch.testing.assert_close(input_peaks(stream, index, [part])[part].largest, wanted)
+        assert len({float(scales[f"self_attn.{part}_proj"].scale) for part in "qkv"}) == 1
         for scale, kind in zip(kv_scales(stream, index), ("keys", "values"), strict=True):
-            torch.testing.assert_close(scale, peaks[f"{index}.{kind}"].max().view(1) / 448)
+            torch.testing.assert_close(scale.scale, peaks[f"{index}.{kind}"].max() / 448)
+            assert scale.note == ""
         stream.advance(index)
 
 
 def test_half_precision_scales_are_fp32():
     stream = stream_of(MODELS["llama"]().bfloat16())
-    assert static_input_scales(stream, 0, LINEARS)["mlp.down_proj"].dtype == torch.float32
-    assert all(scale.dtype == torch.float32 for scale in kv_scales(stream, 0))
+    assert static_input_scales(stream, 0, LINEARS)["mlp.down_proj"].scale.dtype == torch.float32
+    assert all(one.scale.dtype == torch.float32 for one in kv_scales(stream, 0))
+
+
+@torch.no_grad()
+def test_values_that_are_not_finite_are_left_out_and_told_of():
+    model = MODELS["llama"]()
+    block = model.model.layers[0]
+    names = ["mlp.up_proj", "mlp.down_proj"]
+    before = input_peaks(stream_of(model), 0, names)["mlp.down_proj"]
+    for name in ("gate_proj", "up_proj"):
+        block.mlp.get_submodule(name).weight[5] *= 1e30
+    stream = stream_of(model)
+    peaks = input_peaks(stream, 0, names)
+    others = torch.arange(64) != 5
+    torch.testing.assert_close(peaks["mlp.down_proj"].largest[others], before.largest[others])
+    assert bool(torch.isfinite(peaks["mlp.down_proj"].largest).all())
+    assert peaks["mlp.up_proj"].note == before.note == ""
+    assert peaks["mlp.down_proj"].note.startswith("model.layers.0.mlp.down_proj: inputs: wanted")
+    scales = static_input_scales(stream, 0, names)
+    found = scales["mlp.down_proj"]
+    torch.testing.assert_close(found.scale, peaks["mlp.down_proj"].largest.max() / 448)
+    assert found.note.endswith("the scale is of the others") and scales["mlp.up_proj"].note == ""
+    block.self_attn.v_proj.weight.fill_(torch.nan)
+    keys, values = kv_scales(stream, 0)
+    assert keys.note == "" and float(keys.scale) > 0
+    assert float(values.scale) == 1 and values.note.endswith(
+        "self_attn: values: wanted finite values, found some that are not: a scale of 1"
+    )
 
 
 def static_scales(stream: BlockStream) -> Tensor:
     """All of block 0 in a row."""
     inputs = static_input_scales(stream, 0, LINEARS)
-    return torch.cat([torch.stack(list(inputs.values())), *kv_scales(stream, 0)])
+    return torch.stack([one.scale for one in (*inputs.values(), *kv_scales(stream, 0))])
 
 
 def _worker(folder: Path) -> None:

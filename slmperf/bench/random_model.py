@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def random_model(shape: Shape, context: int, device: str) -> PreTrainedModel:
-    """A Llama of this shape in evaluation mode, the same on every call; bf16 on CUDA, else fp32."""
+def random_model(
+    shape: Shape, context: int, device: str, *, dtype: torch.dtype | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A Llama of this shape in evaluation mode, the same on every call.
+
+    dtype: None: bf16 on CUDA, else fp32.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -32,9 +37,10 @@ def random_model(shape: Shape, context: int, device: str) -> PreTrainedModel:
     )
     with ExitStack() as scope:
         scope.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+        torch.set_default_dtype(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))
+        scope.enter_context(torch.random.fork_rng([device] if device == "cuda" else []))
         scope.enter_context(torch.device(device))
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
 
 

@@ -24,6 +24,7 @@ from slmperf.calibrate.manifest import manifest
 from slmperf.calibrate.storage import zeros
 from slmperf.calibrate.tokens import Tokens, check_batch, model_inputs, token_weights
 from slmperf.calibrate.watch import Dense, Watch, check
+from slmperf.models.structure import layer_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,7 +105,7 @@ class BlockStream:
                 self._run(block, index, batch, self.hidden[batch])
         for gram in grams.values():
             gram.sum_over_workers()
-        check(grams, f"model.layers.{index}.")
+        check(grams, layer_name(index, ""))
         return grams
 
     @torch.no_grad()

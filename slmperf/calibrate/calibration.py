@@ -17,7 +17,7 @@ from slmperf.calibrate.tokens import Tokens, check_batch, model_inputs, places, 
 from slmperf.calibrate.watch import Watch, check, pruned_layers
 from slmperf.check import InputError
 from slmperf.models.files import write_folder
-from slmperf.models.structure import decoder_blocks
+from slmperf.models.structure import decoder_blocks, layer_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,5 +185,5 @@ def default_layers(model: PreTrainedModel) -> dict[str, int]:
             # With a head map num_key_value_groups is 1: only single heads leave such a layer.
             whole = attention.head_dim * attention.num_key_value_groups
             size = whole if name.endswith("o_proj") else 1
-            found[f"model.layers.{index}.{name}"] = size
+            found[layer_name(index, name)] = size
     return found

@@ -49,7 +49,8 @@ def manifest(
 
 
 def fingerprint(model: PreTrainedModel, rows: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """A hash of a model's parameters: names, shapes and the first values of each.
+    """A hash of a model's parameters: names, shapes and the first values of each. It tells models
+    apart at little cost, but not those that differ elsewhere.
 
     rows: the first row of each parameter that is not in memory, by name
         (`StreamedModel.first_rows`); where one is missing, the hash is "".

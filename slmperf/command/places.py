@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slmperf import arch, models
 from slmperf.check import InputError
 from slmperf.models.checkpoint import read_config
+from slmperf.models.files import write_folder
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_new(out: Path) -> None:
     """InputError for a folder with files in it, or for a file."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: wanted a new or empty folder, found files")
+
+
+def check_places(out: Path, spill: Path | None) -> None:
+    """InputError where `out` is no new folder, or it or the folder `spill` cannot be made."""
+    check_new(out)
+    check_writable(out)
+    if spill is not None:
+        check_writable(spill / "spilled")
 
 
 def check_writable(path: Path) -> None:
@@ -34,14 +43,38 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def written(out: Path) -> Iterator[None]:
-    """InputError in one line where the disk does not take what is written."""
+    """InputError in one line where the disk does not take what is written to `out`.
+
+    Errors that name a file elsewhere, which was read or written meanwhile, stay as they are.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
+        name = getattr(error, "filename", None)
+        if name is not None and not _belongs(Path(name), out):
+            raise
         told = " ".join(str(error).split())
         raise InputError(f"{out}: wanted to write the result, found: {told}") from error
+
+
+def write_checkpoint(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    finish: Callable[[Path], object],
+) -> None:
+    """Write a checkpoint with what finish(folder) writes there, all or nothing; see `written`."""
+    with written(out), write_folder(out) as aside:
+        models.write_pretrained(model, tokenizer, aside)
+        finish(aside)
+
+
+def _belongs(path: Path, out: Path) -> bool:
+    """Whether a file is of `out`, or of the hidden folder that is to become it."""
+    out = out.absolute()
+    return f"{path.absolute()}/".startswith((f"{out}/", str(out.with_name(f".{out.name}."))))
 
 
 def model_config(folder: Path) -> PretrainedConfig:

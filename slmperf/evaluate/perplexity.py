@@ -21,7 +21,8 @@ def perplexity(
 
     Every token but the first of its sequence is predicted from those before it; the mean is over
     all predicted tokens. Sequences of one token predict nothing and are passed over. Log-softmax in
-    fp32. InputError for a sequence beyond the model's trained length, or when nothing is predicted.
+    fp32; infinite where fp64 cannot hold it. InputError for a sequence beyond the model's trained
+    length, or when nothing is predicted.
     """
     import torch
 
@@ -59,4 +60,7 @@ def perplexity(
             total += loss.item()
             count += sum(len(one) - 1 for one in batch)
     model.train(was_training)
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:  # a mean above 709.78, of a model that is broken
+        return math.inf

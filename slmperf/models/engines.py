@@ -28,10 +28,12 @@ from slmperf.models.pruned import stock_fields
 from slmperf.models.resize import apply_sizes
 from slmperf.models.shards import ShardWriter
 from slmperf.models.structure import (
+    block_of,
     decoder_blocks,
     family_of,
     heads_of,
     keep_heads,
+    layer_name,
     linear_blocks,
     neurons_of,
 )
@@ -108,8 +110,8 @@ def export_for_engine(
         shards = ShardWriter(aside)
         for index, block in enumerate(blocks):
             tensors = _padded(block, layouts[index], sizes[index])
-            shards.write({f"model.layers.{index}.{name}": value for name, value in tensors.items()})
-        rest = {n: v for n, v in model.state_dict().items() if not n.startswith("model.layers.")}
+            shards.write({layer_name(index, name): value for name, value in tensors.items()})
+        rest = {n: v for n, v in model.state_dict().items() if block_of(n) is None}
         if config.tie_word_embeddings:
             rest.pop("lm_head.weight")
         shards.write(rest)

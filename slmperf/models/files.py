@@ -11,11 +11,13 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _AT_FDCWD = -100  # linux/fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE = 2  # linux/fs.h: swap two names in one step
@@ -72,6 +74,15 @@ def write_atomically(
     finally:
         _remove(aside)
     fsync(path.parent)
+
+
+def finite(value: Any) -> Any:
+    """A JSON value without NaN and infinity, for which JSON has no word: None stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

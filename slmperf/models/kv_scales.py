@@ -34,7 +34,10 @@ def has_kv_scales(attention: nn.Module) -> bool:
 
 def set_kv_scales(attention: nn.Module, k_scale: Tensor, v_scale: Tensor) -> None:
     """Have an attention layer round its keys and values with these scales: one number each,
-    floating and above 0."""
+    floating, finite and above 0; also on the meta device, where values are not looked at.
+
+    They may be set again. Raises InputError for other scales.
+    """
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale.numel() != 1 or not scale.is_floating_point():
             raise InputError(

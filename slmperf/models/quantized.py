@@ -137,6 +137,7 @@ class QuantizedLinear(nn.Module):
         return self.scheme.weights.decode(self.codes, self.scales)
 
     def forward(self, input: Tensor) -> Tensor:
+        """(..., in) floating -> (..., out) in its dtype; the bias must be of that dtype."""
         if self.scheme.activations is not None:
             scale = getattr(self, "input_scale", None)
             input = self.scheme.activations.fake_quantized(input, scale)

@@ -26,9 +26,11 @@ from slmperf.models.shards import ShardWriter
 from slmperf.models.stored import empty_model, stored_tensors
 from slmperf.models.structure import (
     FAMILIES,
+    block_of,
     decoder_blocks,
     family_of,
     fit_experts,
+    layer_name,
     linear_blocks,
 )
 
@@ -85,7 +87,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         experts = family_of(config) == "mixtral"
         self.blocks = decoder_blocks(self.model) if experts else linear_blocks(self.model)
         fit_experts(self.model)
-        self._assign(self.model, "", [name for name in self._stored if _layer_of(name) is None])
+        self._assign(self.model, "", [name for name in self._stored if block_of(name) is None])
         self.model.tie_weights()
         self._written: set[int] = set()
         self._stack = contextlib.ExitStack()
@@ -112,7 +114,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         from safetensors import safe_open
 
         found: dict[str, Tensor] = {}
-        names = [name for name in self._stored if _layer_of(name) is not None]
+        names = [name for name in self._stored if block_of(name) is not None]
         for file in sorted({self._stored[name] for name in names}):
             with safe_open(file, framework="pt") as stored:
                 for name in names:
@@ -128,12 +130,11 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         if index in self._written:
             raise InputError(f"StreamedModel: block {index} is written already, wanted another")
         block = self.blocks[index]
-        names = [name for name in self._stored if _layer_of(name) == index]
-        self._assign(block, f"model.layers.{index}.", names)
+        names = [name for name in self._stored if block_of(name) == index]
+        self._assign(block, layer_name(index, ""), names)
         try:
             yield block
-            prefix = f"model.layers.{index}."
-            tensors = {prefix + name: value for name, value in block.state_dict().items()}
+            tensors = {layer_name(index, name): one for name, one in block.state_dict().items()}
             self._shards.write(tensors)
             self._written.add(index)
         finally:
@@ -153,7 +154,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
         tensors = {name.removeprefix(prefix): value for name, value in _fused(tensors).items()}
         wanted = dict(module.state_dict())
         if prefix == "":
-            wanted = {name: tensor for name, tensor in wanted.items() if _layer_of(name) is None}
+            wanted = {name: tensor for name, tensor in wanted.items() if block_of(name) is None}
             if self.model.config.tie_word_embeddings:
                 wanted.pop("lm_head.weight")
                 tensors.pop("lm_head.weight", None)
@@ -182,9 +183,7 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
                 with self.block(index):
                     pass
         rest = {
-            name: value
-            for name, value in self.model.state_dict().items()
-            if _layer_of(name) is None
+            name: value for name, value in self.model.state_dict().items() if block_of(name) is None
         }
         if self.model.config.tie_word_embeddings:
             rest.pop("lm_head.weight")
@@ -213,12 +212,6 @@ class StreamedModel(contextlib.AbstractContextManager["StreamedModel"]):
 
         for index, file in enumerate(self._shards.files):
             self._shards.rewrite(index, _split(load_file(file)))
-
-
-def _layer_of(name: str) -> int | None:
-    """The decoder block that a tensor's name puts it into."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
 
 
 # Mixtral's checkpoints: block_sparse_moe.gate.weight, and for each expert e

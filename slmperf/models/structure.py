@@ -86,9 +86,20 @@ def linear_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def block_name(index: int) -> str:
+    """The name of block `index` within the model."""
+    return f"model.layers.{index}"
+
+
 def layer_name(index: int, name: str) -> str:
-    """A layer's name within the model from that within block `index`."""
-    return f"model.layers.{index}.{name}"
+    """A layer's name within the model from that within block `index`; of "" what all begin with."""
+    return f"{block_name(index)}.{name}"
+
+
+def block_of(name: str) -> int | None:
+    """The decoder block that a tensor's name puts it into; None for one outside of them."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
 
 
 def check_finite(what: str, module: nn.Module, prefix: str = "", *, streamed: bool = False) -> None:

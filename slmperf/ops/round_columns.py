@@ -118,8 +118,9 @@ def round_columns(
     """Round the columns of a block, in place; shapes and meanings are above.
 
     impl: "auto" takes "cpu" (C++) on the CPU and "triton" on a GPU; "reference" also takes fp64.
-    ValueError for shapes that do not fit, NotImplementedError for another dtype or an
-    implementation that cannot run here.
+    ValueError for shapes that do not fit, a group that is not int64 and a `current` that is not
+    contiguous; NotImplementedError for another dtype or an implementation that cannot run here. The
+    caller sees to it that group names rows of scale: looking would make a GPU wait.
     """
     shapes = {
         "current": (current, "b p"),
@@ -135,16 +136,11 @@ def round_columns(
     check_shapes("round_columns", **shapes)
     if grid not in GRIDS:
         raise ValueError(f"round_columns: grid is {grid!r}, expected one of {', '.join(GRIDS)}")
+    if group.dtype != torch.int64:
+        raise ValueError(f"round_columns: group is {group.dtype}, expected torch.int64")
+    if not current.is_contiguous():  # it is written to; the others are copied
+        raise ValueError("round_columns: current is not contiguous")
+    read = [gradient, coefficients, scale, zero_point, group, keep]
+    read = [one if one is None else one.contiguous() for one in read]
     op = getattr(torch.ops.slmperf.round_columns, ROUTES.choose(impl, current))
-    op(
-        current,
-        gradient,
-        coefficients,
-        scale,
-        zero_point,
-        group,
-        keep,
-        lowest,
-        highest,
-        GRIDS.index(grid),
-    )
+    op(current, *read, lowest, highest, GRIDS.index(grid))

@@ -2,7 +2,7 @@
 
     manifest.json               the model, the settings and the text that they were made with
     block-00000.safetensors     a block's tensors, codes not packed, and in its metadata the rows of
-                                the report
+                                the report and a hash of the tensors that it was made of
 
 Every file is written aside and renamed: there is all of a block or nothing of it.
 """
@@ -25,10 +25,11 @@ from slmperf.models.files import remove_unfinished, write_atomically
 from slmperf.models.hashes import add_tensors
 from slmperf.models.kv_scales import set_kv_scales
 from slmperf.models.quantized import QuantizedLinear
+from slmperf.models.structure import block_name
 from slmperf.quant.results import LayerQuantized
 from slmperf.quant.schemes import Scheme
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _LONGEST = 80  # letters of a value in a message
 _KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
@@ -41,9 +42,10 @@ class Artefacts:
         values); InputError for another's, and for a folder of something else.
         """
         self._folder = Path(folder)
-        manifest = self._folder / _MANIFEST
+        manifest = self._folder / MANIFEST
         if manifest.is_file():
-            _check_same(manifest, made_with)
+            if told := difference(self._folder, made_with):
+                raise InputError(f"resume: {self._folder}: wanted artefacts of {told}")
             remove_unfinished(self._folder)
             return
         if self._folder.exists() and (
@@ -51,12 +53,14 @@ class Artefacts:
         ):
             raise InputError(
                 f"resume: wanted a new folder or one of a quantisation, found {self._folder} with "
-                f"other files and no {_MANIFEST}"
+                f"other files and no {MANIFEST}"
             )
         write_atomically(manifest, json.dumps(dict(made_with), indent=1) + "\n")
 
-    def keep(self, index: int, block: nn.Module, layers: Iterable[LayerQuantized]) -> None:
-        """Write block `index`, which is as it will be."""
+    def keep(
+        self, index: int, block: nn.Module, layers: Iterable[LayerQuantized], made_of: str
+    ) -> None:
+        """Write block `index`, which is as it will be; made_of: `hash_of_tensors` of it before."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -74,16 +78,24 @@ class Artefacts:
             }
             tensors |= {f"{name}.{part}": one for part, one in parts.items() if one is not None}
         whole = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
-        rows = {"layers": json.dumps([asdict(layer) for layer in layers])}
-        write_atomically(self._file(index), lambda aside: save_file(whole, aside, rows))
+        rows = json.dumps([asdict(layer) for layer in layers])
+        told = {"layers": rows, "made_of": made_of}
+        write_atomically(self._file(index), lambda aside: save_file(whole, aside, told))
 
     def restore(
-        self, index: int, block: nn.Module, schemes: Mapping[str, Scheme]
+        self,
+        index: int,
+        block: nn.Module,
+        schemes: Mapping[str, Scheme],
+        made_of: str,
+        *,
+        kv_cache: bool,
     ) -> list[LayerQuantized] | None:
         """Make block `index` what an earlier run made of it; None where that did not come so far.
 
         schemes: of its quantised layers, by name within the block.
-        Raises InputError for a file that is not one of `keep`.
+        made_of: `hash_of_tensors` of the block. kv_cache: whether its cache has scales.
+        Raises InputError for a file that is not one of `keep`, or that was made of another block.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -93,9 +105,12 @@ class Artefacts:
         device = next(block.parameters()).device
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                rows = json.loads((file.metadata() or {})["layers"])
+                told = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            layers = [LayerQuantized(**row) for row in rows]
+            layers = [LayerQuantized(**row) for row in json.loads(told["layers"])]
+            if told["made_of"] != made_of:
+                raise _OtherBlock
+            _check_names(set(tensors), _names(block, schemes, kv_cache))
             for name, scheme in schemes.items():
                 parts = {
                     part: tensors.pop(f"{name}.{part}", None)
@@ -104,12 +119,16 @@ class Artefacts:
                 codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")
                 layer = QuantizedLinear(codes, scale, scheme=scheme.linear, **parts)
                 block.set_submodule(name, layer)
-            kv_scales = [tensors.pop(name) for name in _KV_SCALES if name in tensors]
-            if kv_scales:
-                set_kv_scales(block.self_attn, *kv_scales)
+            if kv_cache:
+                set_kv_scales(block.self_attn, *(tensors.pop(name) for name in _KV_SCALES))
             own = block.state_dict()
             for name, value in tensors.items():
                 own[name].copy_(value)
+        except _OtherBlock:
+            raise InputError(
+                f"resume: {path}: wanted what was made of {block_name(index)} as it is now, found "
+                "what was made of other weights"
+            ) from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path}: wanted a block as a quantisation keeps it: {one_line(error)}"
@@ -118,6 +137,17 @@ class Artefacts:
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:05d}.safetensors"
+
+
+class _OtherBlock(Exception):
+    """A file was made of other weights than the block has."""
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and every byte."""
+    whole = hashlib.sha256()
+    add_tensors(whole, sorted(tensors.items()))
+    return whole.hexdigest()
 
 
 def hash_of_batches(batches: Iterable[Mapping[str, Any]]) -> str:
@@ -133,19 +163,44 @@ def _quantized(block: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: one for name, one in block.named_modules() if isinstance(one, QuantizedLinear)}
 
 
-def _check_same(path: Path, made_with: Mapping[str, Any]) -> None:
-    """InputError where a manifest says anything else."""
+def _names(block: nn.Module, schemes: Mapping[str, Scheme], kv_cache: bool) -> set[str]:
+    """Of the tensors that `keep` writes of a block; given as it is before."""
+    names = {name for name in block.state_dict() if name.rpartition(".")[0] not in schemes}
+    for name, scheme in schemes.items():
+        parts = {
+            "codes": True,
+            "scale": True,
+            "zero_point": not scheme.linear.weights.symmetric,
+            "input_scale": scheme.static,
+            "bias": block.get_submodule(name).bias is not None,
+        }
+        names |= {f"{name}.{part}" for part, there in parts.items() if there}
+    return names | set(_KV_SCALES) if kv_cache else names
+
+
+def _check_names(found: set[str], wanted: set[str]) -> None:
+    if found != wanted:
+        name = min(found ^ wanted)
+        what = "without" if name in wanted else "with an unknown"
+        raise ValueError(f"found one {what} tensor {name}")
+
+
+def difference(folder: Path, made_with: Mapping[str, Any]) -> str:
+    """What is wanted of the blocks in `folder` and found otherwise, in words; "" for nothing.
+
+    made_with: all that their manifest should say, or a part of it.
+    Raises InputError for a manifest that is none.
+    """
+    path = folder / MANIFEST
     try:
         found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: wanted a quantisation's manifest: {one_line(error)}") from error
     wanted = json.loads(json.dumps(dict(made_with)))  # tuples have become lists
-    for name in (*wanted, *found):
-        if wanted.get(name) != found.get(name):
-            raise InputError(
-                f"resume: {path.parent}: wanted artefacts of {name} {_short(wanted.get(name))}, "
-                f"found {_short(found.get(name))}"
-            )
+    for name in wanted:
+        if name not in found or wanted[name] != found[name]:
+            return f"{name} {_short(wanted[name])}, found {_short(found.get(name))}"
+    return ""
 
 
 def _short(value: Any) -> str:

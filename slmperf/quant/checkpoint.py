@@ -15,7 +15,7 @@ from slmperf.calibrate.workers import check_single
 from slmperf.data.text import tokenizer_beside
 from slmperf.models.streaming import StreamedModel
 from slmperf.models.structure import check_finite, layer_name
-from slmperf.quant.driver import Asked, Batches, Quantizing
+from slmperf.quant.driver import Batches, Checked, Quantizing
 from slmperf.quant.model import Progress
 from slmperf.quant.plan import Overrides
 from slmperf.quant.results import QuantReport
@@ -66,10 +66,10 @@ def quantize_checkpoint(
     start = begin(device)
     streamed = StreamedModel(folder, out, dtype=dtype, device=device)
     model = streamed.model
-    asked = Asked.of(
+    checked = Checked.of(
         model,
         scheme,
-        text=calibration is not None,
+        calibrated=calibration is not None,
         overrides=overrides,
         method=method,
         group_size=group_size,
@@ -84,7 +84,7 @@ def quantize_checkpoint(
     under_way = Quantizing(
         model,
         streamed.blocks,
-        asked,
+        checked,
         calibration=calibration,
         held_out=held_out,
         source=source,

@@ -21,18 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from slmperf.check import InputError
-from slmperf.models.structure import heads_of, layer_name
+from slmperf.models.structure import block_name, heads_of, layer_name
 from slmperf.ops.head_map import HeadMap
+from slmperf.quant.plan import LINEARS, UNITS
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 # Class of a decoder block -> its norm before the feed-forward part.
 _BLOCKS = {
     "LlamaDecoderLayer": "post_attention_layernorm",
@@ -64,7 +56,7 @@ _UNTOUCHED = (
 
 @dataclass(frozen=True)
 class Fold:
-    """d channels: `producer` gives them, `consumers` read them.
+    """d channels: `producer` gives them, `consumers`, one of `UNITS`, read them.
 
     offset  what a norm adds to its weight; None: the producer is a linear layer
     heads   the query heads of each key/value head, where channels are read by several
@@ -97,7 +89,7 @@ def folds_of(block: nn.Module, index: int) -> tuple[Fold, ...]:
     kind = type(block).__name__
     if kind not in _BLOCKS:
         known = ", ".join(_BLOCKS)
-        raise InputError(f"smooth: model.layers.{index}: wanted one of {known}, found {kind}")
+        raise InputError(f"smooth: {block_name(index)}: wanted one of {known}, found {kind}")
     norms = ("input_layernorm", _BLOCKS[kind])
     for name, module in block.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
@@ -107,12 +99,12 @@ def folds_of(block: nn.Module, index: int) -> tuple[Fold, ...]:
             raise InputError(f"{where}: wanted nn.Linear, found {found}")
         if name not in (*LINEARS, *norms, *_UNTOUCHED):
             raise InputError(f"{where}: wanted only layers known to smooth, found this {found}")
-    attention, mlp = LINEARS[:3], LINEARS[4:6]
+    attention, output, mlp, down = UNITS
     return (
         Fold(norms[0], attention, _offset(block, norms[0], index)),
-        Fold("self_attn.v_proj", ("self_attn.o_proj",), heads=heads_of(block)),
+        Fold("self_attn.v_proj", output, heads=heads_of(block)),
         Fold(norms[1], mlp, _offset(block, norms[1], index)),
-        Fold("mlp.up_proj", ("mlp.down_proj",)),
+        Fold("mlp.up_proj", down),
     )
 
 

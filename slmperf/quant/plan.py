@@ -25,6 +25,7 @@ UNITS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+LINEARS = tuple(name for unit in UNITS for name in unit)
 
 Overrides = Mapping[str, str | Scheme | None]
 
@@ -40,22 +41,22 @@ class Plan:
     layers: tuple[dict[str, Scheme], ...]
     method: str | None
 
-    def method_of(self, scheme: Scheme, *, text: bool) -> str:
-        """What chooses the codes of a scheme's layers; text: whether there is a calibration set."""
-        own = scheme.method if text or not scheme.rounds_without_text else "rtn"
-        return self.method or own
+    def method_of(self, scheme: Scheme, *, calibrated: bool) -> str:
+        """What chooses the codes of a scheme's layers, with a calibration set or without."""
+        rounds = scheme.rounds_without_calibration and not calibrated
+        return self.method or ("rtn" if rounds else scheme.method)
 
     @property
     def schemes(self) -> dict[str, Scheme]:
         """The schemes in use, by name."""
         return {scheme.name: scheme for block in self.layers for scheme in block.values()}
 
-    def needs_text(self) -> str:
+    def needs_calibration(self) -> str:
         """In words what cannot be done without a calibration set, "" for nothing."""
         for scheme in self.schemes.values():
             if scheme.static:
                 return f"scheme {scheme.name}"
-            method = self.method_of(scheme, text=False)
+            method = self.method_of(scheme, calibrated=False)
             if method != "rtn":
                 return f"scheme {scheme.name} by method {method}"
         return ""
@@ -72,8 +73,8 @@ def plan_layers(
     """The plan for `quantize_model`'s arguments.
 
     Raises InputError, naming argument and layer, for a model that cannot be quantised, a pattern
-    that matches no layer, layers that engines run as one with different schemes, and groups that do
-    not divide a layer's inputs.
+    that matches no layer, different schemes of one name, layers that engines run as one with
+    different schemes, and groups that do not divide a layer's inputs.
     """
     blocks = _blocks(model)
     if method is not None and method not in METHODS:
@@ -85,9 +86,9 @@ def plan_layers(
     unmatched = set(overrides)
     for index in range(len(blocks)):
         found: dict[str, Scheme] = {}
-        for name in (name for unit in UNITS for name in unit):
+        for name in LINEARS:
             wanted: str | Scheme | None = scheme
-            for pattern, other in overrides.items():  # the last one that matches decides
+            for pattern, other in overrides.items():  # in order; the last that matches decides
                 if fnmatchcase(layer_name(index, name), pattern):
                     unmatched.discard(pattern)
                     wanted = other
@@ -130,7 +131,15 @@ def _resolved(asked: Sequence[str | Scheme], group_size: int | None) -> dict[str
     if group_size is not None and not grouped:
         names = ", ".join(scheme.name for scheme in plain.values())
         raise InputError(f"group_size: wanted none with scheme {names}, found {group_size}")
-    return plain | {one: scheme_named(one, group_size) for one in grouped}
+    found = plain | {one: scheme_named(one, group_size) for one in grouped}
+    by_name: dict[str, Scheme] = {}
+    for scheme in found.values():
+        if by_name.setdefault(scheme.name, scheme) != scheme:
+            raise InputError(
+                f"overrides: wanted a name of its own for every scheme, found {scheme.name!r} "
+                "for two that differ"
+            )
+    return found
 
 
 def _check_units(index: int, block: nn.Module, layers: Mapping[str, Scheme]) -> None:

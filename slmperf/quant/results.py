@@ -1,6 +1,6 @@
 """results: what a quantisation did, layer by layer and in sum; as plain data it is a JSON file.
 
-`QuantReport.to_json` and `from_json` are exact inverses.
+`QuantReport.to_json` and `from_json` are exact inverses, except that NaN and infinity become null.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from slmperf.check import InputError
+from slmperf.models.files import finite
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class LayerQuantized:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The layers in the order in which they were quantised, and the model before and after."""
+    """The layers in the order of the model, and the model before and after."""
 
     layers: tuple[LayerQuantized, ...]
     tokens: int  # of the calibration set; 0 without one
@@ -54,10 +55,10 @@ class QuantReport:
     held_out: dict[str, Any] | None  # that of the held-out text
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """One JSON object; figures that are not finite become null."""
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
         plain["layers"] = [asdict(layer) for layer in self.layers]
-        return json.dumps(plain, allow_nan=False) + "\n"
+        return json.dumps(finite(plain), allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> QuantReport:

@@ -1,15 +1,15 @@
 """schemes: the ways to quantise a linear layer that serving engines have kernels for, by name.
 
-| name       | weights                         | inputs                          | text   |
-|------------|---------------------------------|---------------------------------|--------|
-| fp8        | fp8 e4m3, per output channel    | fp8, per token                  | better |
-| fp8-static | fp8 e4m3, one scale             | fp8, one scale, calibrated      | needed |
-| fp8-block  | fp8 e4m3, blocks of 128 x 128   | fp8, groups of 128 of a token   | better |
-| w8a8       | int8, per output channel        | int8, per token; smoothed       | needed |
-| w4a16      | int4, groups of 128 inputs      | as they are                     | needed |
+| name       | weights                         | inputs                          | calibration |
+|------------|---------------------------------|---------------------------------|-------------|
+| fp8        | fp8 e4m3, per output channel    | fp8, per token                  | better      |
+| fp8-static | fp8 e4m3, one scale             | fp8, one scale, calibrated      | needed      |
+| fp8-block  | fp8 e4m3, blocks of 128 x 128   | fp8, groups of 128 of a token   | better      |
+| w8a8       | int8, per output channel        | int8, per token; smoothed       | needed      |
+| w4a16      | int4, groups of 128 inputs      | as they are                     | needed      |
 
 The codes of w8a8 are chosen by gptq, which leaves eight bits little to gain, those of the others by
-gptq+quantease. Method rtn needs no text but for the scale of fp8-static's inputs.
+gptq+quantease. Method rtn needs no calibration but for the scale of fp8-static's inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scheme:
     linear: LinearScheme
     method: str = "gptq+quantease"  # one of `METHODS`, where the caller asks for none
     smooth: bool = False  # whether SmoothQuant goes before, where the caller does not say
-    rounds_without_text: bool = False  # rtn where there is no text and no method is asked for
+    rounds_without_calibration: bool = False  # then by rtn, where no method is asked for
 
     @property
     def static(self) -> bool:
@@ -56,12 +56,12 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         scheme.name: scheme
         for scheme in (
-            Scheme("fp8", LinearScheme(Fp8(), _FP8_TOKEN), rounds_without_text=True),
+            Scheme("fp8", LinearScheme(Fp8(), _FP8_TOKEN), rounds_without_calibration=True),
             Scheme("fp8-static", LinearScheme(Fp8(group_size=None), _FP8_FIXED)),
             Scheme(
                 "fp8-block",
                 LinearScheme(Fp8(block=(128, 128)), _FP8_GROUP),
-                rounds_without_text=True,
+                rounds_without_calibration=True,
             ),
             Scheme("w8a8", LinearScheme(Int8(), _INT8_TOKEN), "gptq", smooth=True),
             Scheme("w4a16", LinearScheme(Int4())),
@@ -84,4 +84,5 @@ def scheme_named(name: str, group_size: int | None = None) -> Scheme:
     if not scheme.grouped:
         raise InputError(f"group_size: wanted none with scheme {name}, found {group_size}")
     weights = replace(scheme.linear.weights, group_size=group_size)
-    return replace(scheme, linear=replace(scheme.linear, weights=weights))
+    name = scheme.name if weights == scheme.linear.weights else f"{name}-g{group_size}"
+    return replace(scheme, name=name, linear=replace(scheme.linear, weights=weights))

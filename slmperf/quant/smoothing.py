@@ -27,11 +27,12 @@ from slmperf.calibrate.tokens import Tokens
 from slmperf.calibrate.workers import sum_of_workers
 from slmperf.check import InputError
 from slmperf.models.quantized import LinearScheme
-from slmperf.models.structure import check_finite, layer_name, linear_blocks
+from slmperf.models.structure import block_name, check_finite, layer_name, linear_blocks
 from slmperf.ops.activation_spec import ActivationSpec
 from slmperf.ops.weight_spec import Int8
-from slmperf.quant.folds import LINEARS, Fold, folded, folds_of
-from slmperf.quant.statistics import input_peaks
+from slmperf.quant.folds import Fold, folded, folds_of
+from slmperf.quant.plan import LINEARS
+from slmperf.quant.statistics import Peaks, input_peaks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +54,7 @@ class BlockSmoothing:
 
     index: int
     alphas: dict[str, float | None]  # by where the channels come from; None: not smoothed
+    notes: dict[str, str]  # the same where inputs were not finite: these channels stay as they are
     relative_error: float
     relative_error_unsmoothed: float
     tokens: int  # that the errors were taken on
@@ -91,7 +93,8 @@ def smooth(
 
     Raises InputError, before anything changes, where `check_smoothing` does, for weights that are
     not finite or not in memory, alphas out of range and batches without tokens; as it comes to
-    them, for a layer's inputs that are not finite and a group_size that does not divide.
+    them, for a group_size that does not divide. Channels that are not finite somewhere are not
+    smoothed, and noted.
     """
     start = time.perf_counter()
     check_smoothing(model)
@@ -105,7 +108,8 @@ def smooth(
     chosen = []
     for index in range(len(blocks)):
         chosen.append(smooth_block(stream, index, scheme or W8A8, alphas))
-        mark_smoothed(model.config)
+        if any(alpha is not None for alpha in chosen[-1].alphas.values()):
+            mark_smoothed(model.config)
         stream.advance(index)
         if progress is not None:
             progress(index + 1, len(blocks))
@@ -171,11 +175,15 @@ def smooth_block(
     ]
     peaks = input_peaks(stream, index, [fold.consumers[0] for fold in folds])
     trial = _Trial(stream, index, folds, schemes, peaks)
-    chosen: dict[str, float | None] = {}
+    notes = {fold.producer: peaks[fold.consumers[0]].note for fold in folds}
+    notes = {producer: note for producer, note in notes.items() if note}
+    chosen: dict[str, float | None] = dict.fromkeys(notes)
     scales: dict[str, Tensor] = {}
     least = unsmoothed = trial.error(scales)
     for fold in folds:
-        scale_of = _scales(block, fold, peaks[fold.consumers[0]])
+        if fold.producer in notes:
+            continue
+        scale_of = _scales(block, fold, peaks[fold.consumers[0]].largest)
 
         def error(alpha: float, fold: Fold = fold, scale_of: _ScaleOf = scale_of) -> float:
             return trial.error(scales | {fold.producer: scale_of(alpha)})
@@ -187,7 +195,7 @@ def smooth_block(
     for name, value in folded(block, folds, scales).items():
         block.get_parameter(name).copy_(value)
     seconds = time.perf_counter() - start
-    return BlockSmoothing(index, chosen, least, unsmoothed, trial.tokens, seconds)
+    return BlockSmoothing(index, chosen, notes, least, unsmoothed, trial.tokens, seconds)
 
 
 def _best(alphas: Sequence[float], error: Callable[[float], float]) -> tuple[float, float]:
@@ -228,7 +236,9 @@ def _scales(block: nn.Module, fold: Fold, peaks: Tensor) -> _ScaleOf:
 class _Trial:
     """A copy of a block in fp32 whose layers are fake-quantised, and what that does to its outputs.
 
-    peaks: max |x| (in,) of the inputs of every fold's first consumer.
+    peaks: of the inputs (in,) of every fold's first consumer.
+
+    Outputs that are not finite without quantisation count for nothing.
     """
 
     def __init__(
@@ -237,7 +247,7 @@ class _Trial:
         index: int,
         folds: Sequence[Fold],
         schemes: Mapping[str, LinearScheme],
-        peaks: Mapping[str, Tensor],
+        peaks: Mapping[str, Peaks],
     ) -> None:
         self._stream, self._index = stream, index
         self._folds, self._schemes, self._peaks = folds, schemes, peaks
@@ -252,30 +262,36 @@ class _Trial:
         energy = 0.0
         for rows, tokens in self._outputs():
             self._wanted.append(rows)
-            energy += _squares(rows, tokens)
+            energy += _squares(rows.where(torch.isfinite(rows), 0), tokens)
         self._energy = _of_workers(energy) or 1.0
         self._check()
         self._input_peaks: dict[str, Tensor] = {}  # max |x| of each layer's inputs
         for name, scheme in schemes.items():
+            layer = self._copy.get_submodule(name)
+            self._check_groups(name, scheme, layer)
             if scheme.activations is not None:
-                layer = self._copy.get_submodule(name)
                 layer.register_forward_pre_hook(partial(self._round, name, scheme.activations))
 
     def error(self, scales: Mapping[str, Tensor]) -> float:
         """Relative, of the outputs when channels of folds are scaled and the layers quantised;
-        infinite where that leaves the range of the weights' dtype.
+        infinite where that leaves the range of the weights' dtype, or scales that of theirs.
         """
         changed = folded(self._stream.blocks[self._index], self._folds, scales)
         if not all(bool(torch.isfinite(value).all()) for value in changed.values()):
             return math.inf
         parameters = dict(self._stream.blocks[self._index].named_parameters()) | changed
         for fold in self._folds:
-            peaks, scale = self._peaks[fold.consumers[0]], scales.get(fold.producer)
+            peaks, scale = self._peaks[fold.consumers[0]].largest, scales.get(fold.producer)
             peaks = peaks if scale is None else peaks / fold.columns(scale)
             for name in fold.consumers:
                 if name in self._schemes:
-                    weight = f"{name}.weight"
-                    parameters[weight] = self._quantized(name, parameters[weight])
+                    weight, grid = f"{name}.weight", self._schemes[name].weights
+                    try:
+                        grid_scales = grid.scales(parameters[weight])
+                    except InputError:  # they overflow
+                        return math.inf
+                    codes = grid.encode(parameters[weight], grid_scales)
+                    parameters[weight] = grid.decode(codes, grid_scales)
                     self._input_peaks[name] = peaks.amax()
         return self._wrong(parameters)
 
@@ -283,13 +299,16 @@ class _Trial:
         """InputError where the block is not what the names of its classes say."""
         scales = {}
         for fold in self._folds:
-            channels = fold.channels(self._peaks[fold.consumers[0]])
+            peaks = self._peaks[fold.consumers[0]]
+            if peaks.note:
+                continue
+            channels = fold.channels(peaks.largest)
             even = torch.arange(len(channels), device=channels.device) % 2 == 0
             scales[fold.producer] = torch.where(even, 2.0, 0.5)  # exact in every dtype
         wrong = self._wrong(folded(self._copy, self._folds, scales))
         if not wrong <= _SAME:
             raise InputError(
-                f"smooth: model.layers.{self._index}: wanted the same outputs with its channels "
+                f"smooth: {block_name(self._index)}: wanted the same outputs with its channels "
                 f"scaled, found {wrong:.2g} of their squares: it computes something not known"
             )
 
@@ -299,17 +318,15 @@ class _Trial:
             self._copy.get_parameter(name).copy_(value)
         wrong = 0.0
         for wanted, (rows, tokens) in zip(self._wanted, self._outputs(), strict=True):
-            wrong += _squares(rows - wanted, tokens)
+            wrong += _squares((rows - wanted).where(torch.isfinite(wanted), 0), tokens)
         return _of_workers(wrong) / self._energy
 
-    def _quantized(self, name: str, weight: Tensor) -> Tensor:
-        """What the codes of a layer's weight stand for."""
-        grid = self._schemes[name].weights
+    def _check_groups(self, name: str, scheme: LinearScheme, layer: nn.Linear) -> None:
+        """InputError where a group of weights does not divide the layer."""
         try:
-            scales = grid.scales(weight)
+            scheme.weights.scale_shape((layer.out_features, layer.in_features))
         except InputError as error:
             raise InputError(f"{layer_name(self._index, name)}: {error}") from error
-        return grid.decode(grid.encode(weight, scales), scales)
 
     def _round(
         self, name: str, spec: ActivationSpec, layer: nn.Module, arguments: tuple[Tensor, ...]

@@ -170,7 +170,11 @@ def _shape(stage: BaseStage, source: Job | None, where: str) -> Shape:
 
 
 def _check_groups(stage: QuantiseStage, shape: Shape, name: str, where: str) -> None:
-    """InputError where inputs of a layer, or blocks of a weight, are not whole groups."""
+    """InputError where inputs of a layer, or blocks of a weight, are not whole groups; where single
+    layers have schemes of their own, `check_training` looks.
+    """
+    if stage.overrides:
+        return
     head = shape.head_size or shape.hidden // shape.heads
     sizes = {"hidden": shape.hidden, "query heads": shape.heads * head}
     sizes["intermediate"] = shape.intermediate

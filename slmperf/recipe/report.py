@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from slmperf.models.files import write_atomically
 from slmperf.recipe import plots
-from slmperf.recipe.report_tables import LATENCY, LAYER, MAIN, Table, main_table, metric, tables
+from slmperf.recipe.report_cells import Table, metric
+from slmperf.recipe.report_tables import LATENCY, LAYER, MAIN, main_table, tables
 from slmperf.recipe.results import Results
 
 if TYPE_CHECKING:

@@ -2,17 +2,16 @@
 
 Every table is built once; the templates and the console print the same list. A stage that the
 recipe did not run has no row, a figure that was not taken is a dash.
-
-Over 400 lines: every table of a report stands here.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 from slmperf.recipe import paper
+from slmperf.recipe.report_cells import DASH, Table, decimals, metric, thousands
+from slmperf.recipe.report_quantisation import paper_quantisation_table, quantisation_table
 from slmperf.recipe.results import (
     COMPARISONS,
     Comparison,
@@ -22,31 +21,16 @@ from slmperf.recipe.results import (
     StageResult,
 )
 
-DASH = "–"
 MAIN = "Every stage"
 LATENCY = "Latency by size"
 LAYER = "Where one layer's time goes"
-
-
-@dataclass
-class Table:
-    """One table as printed: rows of text cells; `apart` are rows in another type, `paper` columns
-    theirs.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-    apart: set[int] = field(default_factory=set)
-    paper: set[int] = field(default_factory=set)
 
 
 def tables(results: Results) -> list[Table]:
     """All tables of the report, in order; those with nothing to say are left out."""
     built = [main_table(results)]
     built += [_comparison_table(one) for one in results.comparisons if one.rows]
-    built += [_quantisation_table(results), _paper_quantisation_table(results)]
+    built += [quantisation_table(results), paper_quantisation_table(results)]
     built += [_latency_table(results), _paper_latency_table(results), _layer_table(results)]
     built += [_parity_table(results), _seed_table(results), _facts_table(results)]
     built += [_settings_table(results)]
@@ -62,12 +46,12 @@ def main_table(results: Results) -> Table:
     several = len(results.data.tasks) > 1
     columns: list[tuple[str, list[str]]] = [
         ("stage", [stage.title for stage in stages]),
-        ("parameters", [_count(stage.parameters) for stage in stages]),
-        ("MiB", [_number(stage.size_mib, 2) for stage in stages]),
+        ("parameters", [thousands(stage.parameters) for stage in stages]),
+        ("MiB", [decimals(stage.size_mib, 2) for stage in stages]),
     ]
     if several:
         columns += [
-            (f"AUC\n{task}", [_number(stage.auc(task), 4) for stage in stages])
+            (f"AUC\n{task}", [decimals(stage.auc(task), 4) for stage in stages])
             for task in results.data.tasks
         ]
     columns += [
@@ -118,7 +102,7 @@ def _comparison_table(comparison: Comparison) -> Table:
         rows.append(
             [
                 row.title,
-                _count(row.parameters),
+                thousands(row.parameters),
                 _seeds(row),
                 _baseline_or_delta(row, COMPARISONS[comparison.kind][0]),
                 "; ".join(figure.model for figure in figures) or DASH,
@@ -144,77 +128,6 @@ def _comparison_table(comparison: Comparison) -> Table:
     )
 
 
-def _quantisation_table(results: Results) -> Table:
-    """Each quantised stage below the one that it was made from: quality, bytes and latency."""
-    rows, source = [], ""
-    for stage in (one for one in results.stages if one.quantization):
-        before = results.stage(stage.parent or "")
-        if before is not None and before.name != source:
-            rows.append(_quantised_row(before, None))
-            source = before.name
-        rows.append(_quantised_row(stage, before))
-    return Table(
-        title="Quantisation",
-        columns=[
-            "stage",
-            "scheme",
-            "bits per weight",
-            "MiB",
-            "layer error %",
-            "rounded to nearest %",
-            "AUC",
-            "perplexity",
-            "prefill ms",
-            "against full weights",
-        ],
-        rows=rows,
-        notes=[
-            "Errors of the layers' outputs on the calibration text, means over layers. Times are "
-            "those of PyTorch, which puts weights together before it multiplies: what is gained is "
-            "memory, and speed on an engine with kernels for the scheme."
-        ],
-    )
-
-
-def _quantised_row(stage: StageResult, before: StageResult | None) -> list[str]:
-    told = stage.quantization
-    latency = stage.latency.prefill_ms if stage.latency else None
-    full = before.latency.prefill_ms if before and before.latency else None
-    errors = [told.get(key) for key in ("error_mean", "error_mean_rtn")]
-    return [
-        stage.title,
-        told.get("scheme", DASH),
-        _number(told.get("bits_mean"), 2),
-        _number(stage.size_mib, 2),
-        *(DASH if error is None else f"{100 * error:.3g}" for error in errors),
-        metric(stage, "auc_mean", 4),
-        metric(stage, "perplexity", 3),
-        _number(latency, 2),
-        f"{full / latency:.2f}x" if full and latency else DASH,
-    ]
-
-
-def _paper_quantisation_table(results: Results) -> Table:
-    if not any(stage.quantization for stage in results.stages):
-        return Table("", [], [])
-    return Table(
-        title="Quantisation, the paper's",
-        columns=["scheme", "ARC-c", "ARC-e", "PIQA", "GPU", "TTFT ms", "time per token ms"],
-        rows=[
-            [
-                one.scheme,
-                *(_number(share, 4) for share in one.answers or (None,) * 3),
-                one.gpu or DASH,
-                _number(one.ttft_ms, 0),
-                _number(one.token_ms, 1),
-            ]
-            for one in paper.QUANTISATIONS
-        ],
-        notes=[f"{paper.SOURCE}: {paper.QUANTISATION_SETTING}. Not our measurements."],
-        paper=set(range(7)),
-    )
-
-
 def _latency_table(results: Results) -> Table:
     timed = [stage for stage in results.stages if stage.latency is not None]
     first = timed[0].latency if timed else None
@@ -225,13 +138,13 @@ def _latency_table(results: Results) -> Table:
         rows.append(
             [
                 stage.title,
-                _count(stage.parameters),
+                thousands(stage.parameters),
                 _shape(stage),
                 f"{latency.prefill_ms:.2f}",
                 f"{latency.prefill_p90_ms:.2f}",
                 f"{first.prefill_ms / latency.prefill_ms:.2f}x",
-                _number(latency.rank_uncached_ms, 2),
-                _number(latency.rank_cached_ms, 2),
+                decimals(latency.rank_uncached_ms, 2),
+                decimals(latency.rank_cached_ms, 2),
                 _ratio(latency.rank_uncached_ms, latency.rank_cached_ms),
             ]
         )
@@ -318,9 +231,9 @@ def _parity_table(results: Results) -> Table:
             [
                 title(one.stage_a),
                 title(one.stage_b),
-                _number(one.top10_overlap, 3),
-                _number(one.spearman, 3),
-                _number(one.largest_shift, 3),
+                decimals(one.top10_overlap, 3),
+                decimals(one.spearman, 3),
+                decimals(one.largest_shift, 3),
                 f"{one.log_loss_a:.4f} → {one.log_loss_b:.4f}",
                 f"{one.calibration_error_a:.4f} → {one.calibration_error_b:.4f}",
             ]
@@ -338,11 +251,11 @@ def _seed_table(results: Results) -> Table:
         [
             stage.title,
             str(seed.seed),
-            *(_number(seed.auc.get(task), 4) for task in results.data.tasks),
-            _number(seed.auc_mean, 4),
-            _number(seed.log_loss, 4),
-            _number(seed.calibration_error, 4),
-            _number(seed.perplexity, 3),
+            *(decimals(seed.auc.get(task), 4) for task in results.data.tasks),
+            decimals(seed.auc_mean, 4),
+            decimals(seed.log_loss, 4),
+            decimals(seed.calibration_error, 4),
+            decimals(seed.perplexity, 3),
         ]
         for stage in results.stages
         if len(stage.seeds) > 1
@@ -418,25 +331,12 @@ def _delta(value: float | None, interval: Interval | None) -> str:
     return f"{value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _count(value: int | None) -> str:
-    return DASH if value is None else f"{value:,}"
-
-
 def _ratio(over: float | None, under: float | None) -> str:
     return DASH if over is None or not under else f"{over / under:.1f}x"
 
 
-def metric(stage: StageResult, name: str, digits: int) -> str:
-    """A metric's mean over seeds as text."""
-    return _number(stage.mean(name), digits)
-
-
 def _time(stage: StageResult, name: str) -> str:
-    return DASH if stage.latency is None else _number(getattr(stage.latency, name), 2)
+    return DASH if stage.latency is None else decimals(getattr(stage.latency, name), 2)
 
 
 def _shape(stage: StageResult) -> str:

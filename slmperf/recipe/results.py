@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slmperf.check import InputError
+from slmperf.models.files import finite
 
 # The kinds of a stage; the plots colour by them.
 KINDS = (
@@ -114,7 +115,7 @@ class StageResult:
     )  # layers, hidden, intermediate, heads, kv_heads
     quantization: dict[str, Any] = field(
         default_factory=dict
-    )  # scheme, bits_mean, error_mean, error_mean_rtn, tokens; empty for full weights
+    )  # scheme, tokens, bits_mean and means of errors (see stages.quantise); {} for full weights
     train_seconds: float | None = None
     train_tokens_per_second: float | None = None
 
@@ -211,7 +212,7 @@ class Results:
 
     def to_json(self) -> str:
         """Indented JSON; NaN and infinity, which JSON has no word for, become null: not taken."""
-        plain = _finite(dataclasses.asdict(self))
+        plain = finite(dataclasses.asdict(self))
         return json.dumps(plain, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -223,14 +224,6 @@ class Results:
 def _mean(values: list[float | None]) -> float | None:
     taken = [value for value in values if value is not None and math.isfinite(value)]
     return math.fsum(taken) / len(taken) if taken else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _build(cls: Any, value: Any, where: str) -> Any:

@@ -282,16 +282,28 @@ class PruneGradualStage(_Pruning, _Calibrated):
         return self
 
 
+# Those of slmperf.quant.SCHEMES, whose import takes that of torch.
+QuantisationScheme = Literal["fp8", "fp8-static", "fp8-block", "w8a8", "w4a16"]
+
+
 class QuantiseStage(_Calibrated):
-    """Weights and, but for w4a16, what they are multiplied with, in 8 or 4 bits."""
+    """Weights and, but for w4a16, what they are multiplied with, in 8 or 4 bits.
+
+    overrides   another scheme, or none, by shell patterns of full layer names, the last one that
+                matches decides: {"*.down_proj": fp8, "model.layers.0.*": none}. q, k and v of a
+                block, and gate and up, are run as one by engines and must agree.
+    kv_cache    fp8 keys and values, with calibrated scales
+    """
 
     stage: Literal["quantise"]
     from_: Name = Field(alias="from")
-    # Those of slmperf.quant.SCHEMES and METHODS, whose import takes that of torch.
-    scheme: Literal["fp8", "fp8-static", "fp8-block", "w8a8", "w4a16"]
+    scheme: QuantisationScheme
+    overrides: dict[str, QuantisationScheme | Literal["none"]] = {}
+    # Those of slmperf.quant.METHODS.
     method: Literal["rtn", "gptq", "quantease", "gptq+quantease"] | None = None  # None: its own
     group_size: int | None = None  # of w4a16: inputs that share a scale, -1 for all; None: 128
     smooth: bool | None = None  # None: w8a8 is, the others not
+    kv_cache: bool = False
     calibration_rows: Count = 512  # pieces of data.context tokens, packed from sequences
 
     @model_validator(mode="after")
@@ -302,10 +314,11 @@ class QuantiseStage(_Calibrated):
             ("group_size", self.group_size is not None, ("w4a16",)),
             ("smooth", bool(self.smooth), ("fp8", "fp8-static", "fp8-block", "w8a8")),
         ):
-            if given and self.scheme not in schemes:
+            found = (self.scheme, *self.overrides.values())
+            if given and not any(scheme in schemes for scheme in found):
                 raise ValueError(
                     f"{key} is given, expected scheme {' or '.join(schemes)} beside it, found "
-                    f"{self.scheme}"
+                    f"{', '.join(dict.fromkeys(found))}"
                 )
         return self
 

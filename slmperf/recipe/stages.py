@@ -18,10 +18,12 @@ from slmperf.calibrate.texts import packed_batches
 from slmperf.check import InputError
 from slmperf.distill import DistillationConfig, train
 from slmperf.models.files import write_atomically
+from slmperf.models.stored import empty_model
 from slmperf.prune.gradual import GradualSchedule, Step
 from slmperf.prune.model import prune_model
 from slmperf.prune.results import PruneReport
 from slmperf.quant import quantize_model
+from slmperf.quant.plan import plan_layers
 from slmperf.recipe.material import DRAW, Material
 from slmperf.recipe.plan import Job
 from slmperf.recipe.schema import (
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CURVE = 50  # points of the loss curve in a manifest, each a mean over its part of the steps
+HELD_OUT = 4  # for so many rows that calibrate a quantisation one is held out
 CALIBRATION_BATCH = 16  # sequences of one batch whose inputs go into the Gram matrices
 
 
@@ -261,24 +264,30 @@ def quantise(
     """Quantise the model as the stage says; finished blocks are kept in `folder`."""
     stage = job.stage
     source, sequences = _calibrated_on(stage, material)
+    context, rows = material.builder.context, stage.calibration_rows
+    # Of a prompt that is scored one candidate: most of its tokens calibrate nothing.
+    late = [np.append(one.prefix, one.candidates[0]) for one in material.prompts]
     report = quantize_model(
         model,
         stage.scheme,
-        packed_batches(sequences, stage.calibration_rows, material.builder.context),
-        method=stage.method,
-        group_size=stage.group_size,
+        packed_batches(sequences, rows, context),
+        **_quantisation_settings(stage),
         smooth=stage.smooth,
+        kv_cache=stage.kv_cache,
+        held_out=packed_batches(late, max(1, rows // HELD_OUT), context),
         source=source,
         tokenizer=material.tokenizer,
         resume=folder / "blocks",
         progress=progress,
     )
     layers = report.layers
-    told = ("name", "method", "bits", "relative_error", "relative_error_rtn", "alpha", "note")
+    schemes = dict.fromkeys(layer.scheme for layer in layers)  # more than one with overrides
+    told = ("name", "scheme", "method", "bits", "alpha", "note")
+    errors = ("relative_error", "relative_error_rtn", "held_out_error", "held_out_error_rtn")
     return Made(
         model,
         quantization={
-            "scheme": stage.scheme,
+            "scheme": ", ".join(schemes) + ", fp8 keys and values" * stage.kv_cache,
             "source": source,
             "tokens": report.tokens,
             "seconds": round(report.seconds, 3),
@@ -287,7 +296,9 @@ def quantise(
             "bits_mean": _mean([layer.bits for layer in layers]),
             "error_mean": _mean([layer.relative_error for layer in layers]),
             "error_mean_rtn": _mean([layer.relative_error_rtn for layer in layers]),
-            "layers": [{name: getattr(layer, name) for name in told} for layer in layers],
+            "held_out_error_mean": _mean([layer.held_out_error for layer in layers]),
+            "held_out_error_mean_rtn": _mean([layer.held_out_error_rtn for layer in layers]),
+            "layers": [{name: getattr(one, name) for name in told + errors} for one in layers],
         },
     )
 
@@ -295,6 +306,12 @@ def quantise(
 def _mean(values: Sequence[float | None]) -> float | None:
     taken = [value for value in values if value is not None]
     return sum(taken) / len(taken) if taken else None
+
+
+def _quantisation_settings(stage: Any) -> dict[str, Any]:
+    """What says which scheme each layer gets."""
+    named = {one: None if it == "none" else it for one, it in stage.overrides.items()}
+    return {"overrides": named, "method": stage.method, "group_size": stage.group_size}
 
 
 def _pruning_settings(stage: Any) -> dict[str, Any]:
@@ -347,7 +364,7 @@ def check_training(jobs: list[Job], material: Material) -> None:
     """Everything about models and trainings that would only show once they are made."""
     for job in jobs:
         try:
-            model_config(job.shape, len(material.tokenizer), material.builder.context)
+            config = model_config(job.shape, len(material.tokenizer), material.builder.context)
         except Exception as error:  # Transformers has no one type for what it refuses
             reason = " ".join(str(error).split())
             raise InputError(f"stages ({job.stage.name}): Transformers refuses: {reason}") from None
@@ -357,5 +374,11 @@ def check_training(jobs: list[Job], material: Material) -> None:
                 training_config(training, material.builder.context, job.seed, Path())
             except InputError as error:
                 raise InputError(f"stages ({job.stage.name}).training: {error}") from None
+        if isinstance(job.stage, QuantiseStage):
+            try:
+                empty = empty_model(config, torch.float32)
+                plan_layers(empty, job.stage.scheme, **_quantisation_settings(job.stage))
+            except InputError as error:
+                raise InputError(f"stages ({job.stage.name}): {error}") from None
         if subset is not None:
             material.check_subset(subset, f"stages ({job.stage.name}).subset")

@@ -103,7 +103,8 @@ def _row(jobs: list[Job], manifests: list[Manifest]) -> StageResult:
         shape=shape,
     )
     if first.quantization is not None:
-        told = ("scheme", "bits_mean", "error_mean", "error_mean_rtn", "tokens")
+        errors = ("error_mean", "error_mean_rtn", "held_out_error_mean")
+        told = ("scheme", "bits_mean", *errors, "tokens")
         row.quantization = {key: first.quantization[key] for key in told}
     if first.training is not None:
         row.train_seconds = sum(one.training["seconds"] for one in manifests if one.training)

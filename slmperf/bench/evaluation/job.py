@@ -143,6 +143,7 @@ class Job:
         found: list[dict[str, Figure]] = []
         sizes: list[dict[str, float]] = []
         errors: list[LayerError] = []
+        kept = None  # the base, where the errors of layers are asked for
         for place, folder in (("before", self.base), ("after", self.folder)):
             model = load_model(folder, self.configs[folder])
             sizes.append(
@@ -153,15 +154,11 @@ class Job:
             )
             with held_weights(model):  # many batches in a row
                 found.append(self._figures(model, place, stage))
-            if self.asked.layers and place == "before":
-                base = model
-        if self.asked.layers:
-            errors = layer_errors(
-                base,
-                model,
-                [one.batches for one in self.sets],
-                progress=stage("layers"),
-            )
+            if kept is not None:
+                texts = [one.batches for one in self.sets]
+                errors = layer_errors(kept, model, texts, progress=stage("layers"))
+            kept = model if self.asked.layers else None
+            del model  # or the next is loaded beside it
         return Found(
             model=str(self.folder),
             base=str(self.base),

@@ -93,7 +93,7 @@ def layer_errors(
                 errors = [_relative(weight, weights[name], gram[unit[0]]) for gram in grams]
                 held_out = errors[1] if len(errors) > 1 else None
                 full = layer_name(index, name)
-                found.append(LayerError(full, _stored(layer), errors[0], held_out))
+                found.append(LayerError(full, _format(layer.scheme.weights), errors[0], held_out))
         for stream in streams:
             stream.advance(index)
         progress(index + 1, len(blocks))
@@ -142,11 +142,8 @@ def _relative(weight: Tensor, other: Tensor, gram: Tensor) -> float:
     return error / whole if whole > 0 else 0.0
 
 
-def _stored(layer: nn.Module) -> str:
-    """How a layer's weights are stored."""
-    if not isinstance(layer, QuantizedLinear):
-        return "full"
-    spec = layer.scheme.weights
+def _format(spec: WeightSpec) -> str:
+    """In words how weights are stored."""
     name = f"int{spec.bits}" if spec.kind == "int" else "fp8"
     if spec.block is not None:
         return f"{name}, blocks of {spec.block[0]} x {spec.block[1]}"

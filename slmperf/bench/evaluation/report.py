@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from slmperf.command.terminal import digits, new_table
+from slmperf.models.files import finite
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +73,10 @@ def layer_table(found: Found) -> Table:
 
 
 def to_json(found: Found) -> str:
-    """One JSON object: figures by name, each before, after and the change; rows of the layers."""
+    """One JSON object: figures by name, each before, after and the change; rows of the layers.
+
+    What is not finite becomes null.
+    """
     (small, large), (before, after) = found.sizes, found.figures
     figures = {
         name: {
@@ -95,7 +100,7 @@ def to_json(found: Found) -> str:
         "held_out_error_mean": held_out,
         "seconds": found.seconds,
     }
-    return json.dumps(plain, indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(plain), indent=1, allow_nan=False) + "\n"
 
 
 def _means(layers: list[LayerError]) -> tuple[float | None, float | None]:
@@ -112,7 +117,10 @@ def _told(figure: Figure) -> str:
 
 
 def _percent(before: float, after: float) -> float | None:
-    return 100 * (after / before - 1) if before else None
+    """The change; None from 0, and where one of both is not finite."""
+    if not before or not all(map(math.isfinite, (before, after))):
+        return None
+    return 100 * (after / before - 1)
 
 
 def _change(before: float, after: float) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slmperf.bench.random_model import random_model
 from slmperf.check import InputError
 from slmperf.models.shapes import SHAPES, Shape
 
@@ -162,37 +163,18 @@ def models_of(problem: Problem) -> Models:
         name = "activation_checkpointing_enable"
         enable = getattr(student, name, None) or student.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    teacher = _model(problem.teacher, problem, DTYPES[problem.dtype]).eval()
+    teacher = _model(problem.teacher, problem, DTYPES[problem.dtype])
     teacher.requires_grad_(False)
     # As small as rates at the end of a training: weights stay those of the start to some digits.
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     return Models(student, teacher, optimizer)
 
 
-def _model(shape: Shape, problem: Problem, dtype: torch.dtype) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        max_position_embeddings=problem.context,
-        tie_word_embeddings=shape.tied,
-        use_cache=False,
-    )
-    with torch.random.fork_rng([problem.device] if problem.device == "cuda" else []):
-        torch.manual_seed(shape.layers * shape.hidden)
-        with torch.device(problem.device):
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            try:
-                return LlamaForCausalLM(config)
-            finally:
-                torch.set_default_dtype(before)
+def _model(shape: Shape, problem: Problem, dtype: torch.dtype) -> PreTrainedModel:
+    seed = shape.layers * shape.hidden  # not the same weights in both
+    model = random_model(shape, problem.context, problem.device, dtype=dtype, seed=seed)
+    model.config.use_cache = False
+    return model
 
 
 # Student, teacher, tokens, context if none are asked for.

@@ -7,7 +7,8 @@ its files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -87,18 +88,14 @@ def _read_compressed_tensors(
     dtype: torch.dtype,
 ) -> _Read:
     config = files.folder / "config.json"
-    try:
+    with _told_of(f"{config}: quantization_config"):
         schemes, kv_cache = compressed_tensors.read_schemes(quantization, linears)
-    except InputError as error:
-        raise InputError(f"{config}: quantization_config: {error}") from error
     read = _Read({}, set(), kv_cache)
     for name, (scheme, packed) in schemes.items():
         linear = linears[name]
         outputs, inputs, bias = linear.out_features, linear.in_features, linear.bias is not None
-        try:
+        with _told_of(f"{config}: {name}"):
             layer = QuantizedLinear.empty(outputs, inputs, scheme, dtype, bias=bias)
-        except InputError as error:
-            raise InputError(f"{config}: {name}: {error}") from error
         if scheme.packed and not packed:  # int8 as it is, for which we have one form
             stored = f"{name}.weight"
             like = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
@@ -115,11 +112,8 @@ def _read_gptq(
     linears: Mapping[str, nn.Linear],
     dtype: torch.dtype,
 ) -> _Read:
-    try:
+    with _told_of(f"{files.folder / 'config.json'}: quantization_config"):
         settings = gptq.read_settings(quantization)
-    except InputError as error:
-        path = files.folder / "config.json"
-        raise InputError(f"{path}: quantization_config: {error}") from error
     read = _Read({}, set(), kv_cache=False)
     for name, linear in linears.items():
         if f"{name}.qweight" not in files.stored:
@@ -128,10 +122,8 @@ def _read_gptq(
         parts = {part: files.get(f"{name}.{part}") for part in needed}
         bias = None if linear.bias is None else linear.bias.to(dtype)  # on the meta device
         shape = (linear.out_features, linear.in_features)
-        try:
+        with _told_of(str(files.folder)):
             read.layers[name] = gptq.read_linear(name, shape, parts, bias, settings, dtype)
-        except InputError as error:
-            raise InputError(f"{files.folder}: {error}") from error
         read.used.update(f"{name}.{part}" for part in needed)
         # Of layers without a bias, too, some writers store one: zeros.
         if bias is None and f"{name}.bias" in files.stored and not files.get(f"{name}.bias").any():
@@ -146,6 +138,15 @@ _READERS: dict[str, _Reader] = {
     compressed_tensors.METHOD: _read_compressed_tensors,
     gptq.METHOD: _read_gptq,
 }
+
+
+@contextlib.contextmanager
+def _told_of(what: str) -> Iterator[None]:
+    """An InputError inside the `with` block says of what it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def _fitting(files: TensorFiles, name: str, like: Tensor) -> Tensor:

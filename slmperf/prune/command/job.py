@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from slmperf import models
 from slmperf.calibrate.texts import CalibrationSet
 from slmperf.check import InputError
 from slmperf.command.places import (
-    check_new,
-    check_writable,
+    check_places,
     device,
     full_config,
     load_model,
+    write_checkpoint,
     written,
 )
 from slmperf.command.texts import Texts
@@ -65,11 +64,8 @@ class Job:
     @classmethod
     def read(cls, folder: Path, out: Path, asked: Asked, texts: Texts) -> Job:
         """Check options, model and files; InputError in one line for the first thing wrong."""
-        check_new(out)
+        check_places(out, asked.spill)
         asked.check(texts)
-        check_writable(out)
-        if asked.spill is not None:
-            check_writable(asked.spill / "spilled")
         config = _config(folder)
         sizes, notes = asked.sizes(config)
         read = texts.read(folder, config)
@@ -94,9 +90,9 @@ class Job:
             after = self.measure.of(pruned, stage("measure again"))
             more[self.measure.name] = {"before": before, "after": after}
         report = replace(report, settings={**report.settings, **more})
-        with written(self.out), write_folder(self.out) as aside:
-            models.write_pretrained(pruned, self.tokenizer, aside)
-            _write_report(report, aside)
+        write_checkpoint(
+            self.out, pruned, self.tokenizer, lambda aside: _write_report(report, aside)
+        )
         return Done(report, before, after, notes)
 
     def _sizes(self, model: PreTrainedModel, stage: Stages) -> tuple[dict[str, Any], list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,34 +12,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from slmperf import models
 from slmperf.calibrate.texts import CalibrationSet, read_calibration
 from slmperf.check import InputError
 from slmperf.command.places import (
-    check_new,
-    check_writable,
+    check_places,
     device,
     full_config,
     load_model,
+    write_checkpoint,
     written,
 )
 from slmperf.command.texts import Texts, vocabulary_of
 from slmperf.engine.quality import Measure
-from slmperf.models.files import write_atomically, write_folder
+from slmperf.models.files import write_atomically
 from slmperf.models.quantized import held_weights
 from slmperf.models.stored import empty_model
-from slmperf.quant import driver
+from slmperf.quant.artefacts import MANIFEST, difference
 from slmperf.quant.checkpoint import quantize_checkpoint
 from slmperf.quant.command.report import plot_layers
+from slmperf.quant.driver import Checked
 from slmperf.quant.model import quantize_model
-from slmperf.quant.plan import plan_layers
 from slmperf.quant.results import QuantReport
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from slmperf.command.terminal import Move, Stages
 
+_LOG = logging.getLogger("slmperf")
+_REPORT = "quantization.json"
 _NONE = "none"  # the word for "leave these layers" in an override
 
 
@@ -100,23 +103,20 @@ class Asked:
         if self.stream and texts.evaluate is not None:
             raise InputError("--stream: wanted without --eval; slmperf eval measures what it wrote")
 
-    def check_model(self, config: PretrainedConfig, *, text: bool) -> None:
-        """InputError for what does not fit the model, of which only shapes are made, or text."""
+    def check_model(self, config: PretrainedConfig, *, text: bool) -> Checked:
+        """What the model is to become, of which only shapes are made; InputError for what does not
+        fit it, or needs text.
+        """
         model = empty_model(config, config.dtype or torch.float32)
-        plan = plan_layers(
-            model,
-            self.scheme,
-            overrides=self.overrides,
-            method=self.method,
-            group_size=self.group_size,
-        )
+        checked = Checked.of(model, self.scheme, calibrated=text, **self.settings)
+        plan = checked.plan
         if self.no_smooth and not any(scheme.smooth for scheme in plan.schemes.values()):
             names = ", ".join(plan.schemes)
             raise InputError(f"--no-smooth: wanted a scheme that smooths, found {names}")
-        needs = plan.needs_text() or ("--kv-cache" if self.kv_cache else "")
+        needs = plan.needs_calibration() or ("--kv-cache" if self.kv_cache else "")
         if needs and not text:
             raise InputError(f"wanted --calibration or --generic, text for {needs}, found neither")
-        driver.Asked.of(model, self.scheme, text=text, **self.settings)
+        return checked
 
 
 @dataclass(frozen=True)
@@ -133,21 +133,19 @@ class Job:
     held_out: CalibrationSet | None
     measure: Measure | None
 
-    @property
-    def parts(self) -> Path:
-        """Where finished blocks are kept until all are."""
-        return self.out.with_name(f"{self.out.name}.parts")
-
     @classmethod
     def read(cls, folder: Path, out: Path, asked: Asked, texts: Texts) -> Job:
         """Check options, model and files; InputError in one line for the first thing wrong."""
-        check_new(out)
+        parts = _parts(out)
+        if parts.exists() and (out / _REPORT).is_file():
+            raise InputError(
+                f"{out}: wanted a new or empty folder, found a finished quantisation, which needs "
+                f"{parts} no more: delete that"
+            )
+        check_places(out, asked.spill)
         asked.check(texts)
-        check_writable(out)
-        if asked.spill is not None:
-            check_writable(asked.spill / "spilled")
         config = full_config(folder, "quantise")
-        asked.check_model(config, text=bool(texts.files))
+        checked = asked.check_model(config, text=bool(texts.files))
         read = texts.read(folder, config)
         held_out = None
         if asked.held_out is not None:
@@ -162,10 +160,12 @@ class Job:
             )
         notes = list(read.notes)
         text = read.sets[0] if read.sets else None
-        job = cls(folder, out, asked, config, notes, read.tokenizer, text, held_out, read.measure)
-        if job.parts.exists():
-            notes.append(f"going on with the blocks in {job.parts}; delete it to begin anew")
-        return job
+        if (parts / MANIFEST).is_file():
+            batches = (None if one is None else one.batches for one in (text, held_out))
+            if told := difference(parts, checked.made_with(*batches)):
+                raise InputError(f"{parts}: wanted blocks of {told}; delete {parts} to begin anew")
+            notes.append(f"going on with the blocks in {parts}; delete it to begin anew")
+        return cls(folder, out, asked, config, notes, read.tokenizer, text, held_out, read.measure)
 
     def quantize(self, stage: Stages) -> Done:
         """Measure, quantise, measure again, write; `stage` is told how far each part of it is."""
@@ -176,19 +176,31 @@ class Job:
         after: dict[str, float] = {}
         if self.measure is not None:
             before = self.measure.figures(model, stage("measure"))
-        with written(self.out):
-            report = quantize_model(
-                model, self.asked.scheme, **self._arguments(), progress=stage("quantise")
-            )
-            if self.measure is not None:
-                with held_weights(model):
-                    after = self.measure.figures(model, stage("measure again"))
-            report = self._told(report, before, after)
-            with write_folder(self.out) as aside:
-                models.write_pretrained(model, self.tokenizer, aside)
-                _write_report(report, aside)
-        shutil.rmtree(self.parts)
+        report = quantize_model(
+            model, self.asked.scheme, **self._arguments(), progress=stage("quantise")
+        )
+        if self.measure is not None:
+            after = self._measured_again(model, before, stage("measure again"))
+        report = self._told(report, before, after)
+        write_checkpoint(
+            self.out, model, self.tokenizer, lambda aside: _write_report(report, aside)
+        )
+        shutil.rmtree(_parts(self.out))
         return Done(report, before, after)
+
+    def _measured_again(
+        self, model: PreTrainedModel, before: Mapping[str, float], progress: Move
+    ) -> dict[str, float]:
+        """The figures of the quantised model; NaN where it has none, such as AUC of scores that are
+        not finite: what was made is written all the same.
+        """
+        assert self.measure is not None  # the caller looked
+        try:
+            with held_weights(model):
+                return self.measure.figures(model, progress)
+        except InputError as error:
+            _LOG.warning(f"measured again: {error}")
+            return dict.fromkeys(before, math.nan)
 
     def _stream(self, progress: Move) -> Done:
         """Quantise from folder to folder, a block in memory at a time."""
@@ -202,7 +214,7 @@ class Job:
                 progress=progress,
                 finish=lambda aside, report: _write_report(self._told(report, {}, {}), aside),
             )
-        shutil.rmtree(self.parts)
+        shutil.rmtree(_parts(self.out))
         return Done(self._told(report, {}, {}), {}, {})
 
     def _arguments(self) -> dict[str, Any]:
@@ -214,7 +226,7 @@ class Job:
             "source": "" if self.text is None else self.text.source,
             "tokenizer": self.tokenizer,
             "spill": self.asked.spill,
-            "resume": self.parts,
+            "resume": _parts(self.out),
         }
 
     def _told(
@@ -225,6 +237,11 @@ class Job:
         return replace(report, settings={**report.settings, "base": str(self.folder), **more})
 
 
+def _parts(out: Path) -> Path:
+    """Where finished blocks are kept until all are."""
+    return out.with_name(f"{out.name}.parts")
+
+
 def _write_report(report: QuantReport, folder: Path) -> None:
-    write_atomically(folder / "quantization.json", report.to_json())
+    write_atomically(folder / _REPORT, report.to_json())
     plot_layers(report.layers, folder / "quantization.svg")

@@ -30,6 +30,7 @@ from slmperf.quant.layer.scales import refit_scales, search_scales
 
 METHODS = ("rtn", "gptq", "quantease", "gptq+quantease")
 ORDERS = ("natural", "activity")
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PASSES = {"quantease": 30, "gptq+quantease": 6}
 _AFTER_REFIT = 2  # passes of coordinate descent
 _LAST_RELAXED = 25  # pass of quantease
@@ -84,8 +85,8 @@ def quantize_weight(
     iterations: passes of coordinate descent, 30 for quantease; 6 and 2 more after the refit.
     damping: added to H's diagonal, over its mean; 0.01, 0 for quantease. Where H is not definite,
         GPTQ takes ten times more, up to 1, and then the weight is rounded to nearest.
-    scale_search, refit: on for gptq+quantease, off for the others; never where outputs share a
-        scale, whose rows could not be guarded one by one.
+    scale_search, refit: on for gptq+quantease, off for gptq and quantease, refused for rtn; never
+        where outputs share a scale, whose rows could not be guarded one by one.
     mask: (out, in) bool; where False the quantised weight is 0.
     scale_dtype: dtype that scales are stored in; None: the weight's.
 
@@ -104,6 +105,8 @@ def quantize_weight(
     else:
         check_gram(gram, weight.shape[1])
     dtype = scale_dtype or weight.dtype
+    if dtype not in _FLOATING:
+        raise InputError(f"scale_dtype: wanted bf16, fp16, fp32 or fp64, found {dtype}")
     kept = weight if mask is None else weight * mask
     scales = spec.scales(kept, dtype)
     codes = spec.encode(kept, scales)
@@ -238,6 +241,10 @@ def _settings(
     for name, given in (("scale_search", scale_search), ("refit", refit)):
         if given and not spec.by_row:
             raise InputError(f"{name}: wanted a grid whose outputs have scales of their own")
+        if given and method == "rtn":
+            raise InputError(f"{name}: wanted another method than rtn beside it")
+    if iterations is not None and method not in _PASSES:
+        raise InputError(f"iterations: wanted method {' or '.join(_PASSES)}, found {method}")
     paper, best = method == "quantease", method == "gptq+quantease" and spec.by_row
     return method, Settings(
         order or ("natural" if paper else "activity"),
@@ -250,9 +257,10 @@ def _settings(
 
 def _check_weight(weight: Tensor, mask: Tensor | None) -> None:
     check_shapes("quantize_weight", weight=(weight, "out in"))
-    if not weight.is_floating_point() or not weight.numel():
+    if weight.dtype not in _FLOATING or not weight.numel():
         raise InputError(
-            f"weight: wanted floating (out, in), found {weight.dtype} {tuple(weight.shape)}"
+            "weight: wanted (out, in) in bf16, fp16, fp32 or fp64, "
+            f"found {weight.dtype} {tuple(weight.shape)}"
         )
     if not bool(torch.isfinite(weight).all()):
         raise InputError("weight: wanted finite values, found some that are not")

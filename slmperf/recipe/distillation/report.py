@@ -8,7 +8,7 @@ from slmperf.recipe.distillation import paper
 from slmperf.recipe.distillation.results import Results, StageResult, TextFacts
 from slmperf.recipe.paper import SOURCE
 from slmperf.recipe.report import print_one, write_pages
-from slmperf.recipe.report_tables import DASH, Table
+from slmperf.recipe.report_cells import DASH, Table
 from slmperf.recipe.results import Interval
 
 MAIN = "Validation losses (the paper's Table 5)"
