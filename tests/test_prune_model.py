@@ -9,6 +9,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -426,6 +427,8 @@ def test_reports_are_their_json(tmp_path: Path) -> None:
     )
     again = PruneReport.from_json(report.to_json())
     assert again == report and again.model is None  # `model` is left out of comparisons
+    broken = replace(report, settings={"perplexity": {"after": float("nan")}})
+    assert json.loads(broken.to_json())["settings"] == {"perplexity": {"after": None}}
     assert report.settings["intermediate_size"] == 40 and report.settings["mode"] == "sequential"
     assert report.calibration["source"] == "generic: x"
     assert report.peak_mib > 1 and report.device_peak_mib is None

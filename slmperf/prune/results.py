@@ -1,6 +1,7 @@
 """results: what a pruning did, layer by layer and in sum; as plain data it is a JSON file.
 
-`PruneReport.to_json` and `from_json` are exact inverses but for the model, which is no plain data.
+`PruneReport.to_json` and `from_json` are exact inverses but for the model, which is no plain data,
+and figures that are not finite, which JSON does not have.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from slmperf.check import InputError
+from slmperf.models.files import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,11 +66,11 @@ class PruneReport:
         return None if self.settings.get("mode") == "one_pass" else 2 * self.advance_seconds
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """One JSON object; figures that are not finite become null."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         plain["layers"] = [asdict(layer) for layer in self.layers]
         # Sizes may be numbers or arrays of numpy's.
-        return json.dumps(plain, allow_nan=False, default=lambda value: value.tolist()) + "\n"
+        return json.dumps(finite(plain), allow_nan=False, default=lambda value: value.tolist()) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> PruneReport:
