@@ -69,8 +69,7 @@ class PruneReport:
         """One JSON object; figures that are not finite become null."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         plain["layers"] = [asdict(layer) for layer in self.layers]
-        # Sizes may be numbers or arrays of numpy's.
-        return json.dumps(finite(plain), allow_nan=False, default=lambda value: value.tolist()) + "\n"
+        return json.dumps(finite(plain), allow_nan=False, default=_plain) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> PruneReport:
@@ -88,3 +87,8 @@ _PLAIN = [one.name for one in fields(PruneReport) if one.name not in ("model", "
 
 def _tuples(layer: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(one) if isinstance(one, list) else one for key, one in layer.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Sizes may be numbers or arrays of numpy's."""
+    return value.tolist()
