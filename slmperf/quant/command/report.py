@@ -24,13 +24,15 @@ _PLACE = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 def layer_table(report: QuantReport) -> Table:
-    """A row for each layer quantised; columns that are empty for all are left out."""
+    """A row for each layer quantised; columns that are empty for all are left out, and a scheme or
+    a method that all have is said above them."""
     source = (report.calibration or {}).get("source")
-    table = new_table(
-        f"{report.settings['scheme']}, "
-        + (f"{report.tokens:,} tokens of {source or 'text'}" if report.tokens else "no text"),
-        ("layer",),
+    schemes, methods = (
+        {getattr(one, name) for one in report.layers} for name in ("scheme", "method")
     )
+    alike = [min(found) for found in (schemes, methods) if len(found) == 1]
+    text = f"{report.tokens:,} tokens of {source or 'text'}" if report.tokens else "no text"
+    table = new_table(", ".join([*alike, text]), ("layer",))
     rows: list[list[str]] = [[layer.name.removeprefix("model.")] for layer in report.layers]
     told: list[tuple[str, Callable[[LayerQuantized], str]]] = [
         ("scheme", lambda layer: layer.scheme),
@@ -44,9 +46,9 @@ def layer_table(report: QuantReport) -> Table:
         ("seconds", lambda layer: f"{layer.seconds:.2f}"),
         ("note", lambda layer: layer.note),
     ]
-    for name, text in told:
-        cells = [text(layer) for layer in report.layers]
-        if any(cells):
+    for name, cell_of in told:
+        cells = [cell_of(layer) for layer in report.layers]
+        if any(cells) and not (name in ("scheme", "method") and len(set(cells)) == 1):
             words = name in ("scheme", "method", "note")
             table.add_column(name, justify="left" if words else "right")
             for row, cell in zip(rows, cells, strict=True):
