@@ -45,4 +45,12 @@ inline void check_dtype(const char* op, const char* argument, const torch::stabl
                   torch::headeronly::toString(wanted));
 }
 
+// All of these at once, of a tensor whose elements lie side by side.
+inline void check_tensor(const char* op, const char* argument, const torch::stable::Tensor& tensor,
+                         torch::headeronly::ScalarType type, std::initializer_list<Dim> dims) {
+  check_shape(op, argument, tensor, dims);
+  check_dtype(op, argument, tensor, type);
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", argument, " is not contiguous");
+}
+
 }  // namespace slmperf

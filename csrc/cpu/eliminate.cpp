@@ -75,26 +75,19 @@ T* values(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-void check(const char* argument, const Tensor& tensor, ScalarType type,
-           std::initializer_list<Dim> dims) {
-  check_shape(kOp, argument, tensor, dims);
-  check_dtype(kOp, argument, tensor, type);
-  STD_TORCH_CHECK(tensor.is_contiguous(), kOp, ": ", argument, " is not contiguous");
-}
-
 Tensor eliminate(Tensor inverse, Tensor square, Tensor blocks_m, Tensor blocks_q, Tensor order,
                  Tensor place, Tensor alive, Tensor family, Tensor quota, int64_t start,
                  int64_t steps, int64_t active) {
   const int64_t size = order.size(0);
-  check("inverse", inverse, ScalarType::Double, {{"d", size}, {"d", size}});
-  check("square", square, ScalarType::Double, {{"d", size}, {"d", size}});
-  check("blocks_m", blocks_m, ScalarType::Double, {{"d", size}, {"1", 1}, {"1", 1}});
-  check("blocks_q", blocks_q, ScalarType::Double, {{"d", size}, {"1", 1}, {"1", 1}});
-  check("order", order, ScalarType::Long, {{"d", size}});
-  check("place", place, ScalarType::Long, {{"d", size}});
-  check("alive", alive, ScalarType::Bool, {{"d", size}});
-  check("family", family, ScalarType::Long, {{"d", size}});
-  check("quota", quota, ScalarType::Long, {{"f", quota.size(0)}});
+  check_tensor(kOp, "inverse", inverse, ScalarType::Double, {{"d", size}, {"d", size}});
+  check_tensor(kOp, "square", square, ScalarType::Double, {{"d", size}, {"d", size}});
+  check_tensor(kOp, "blocks_m", blocks_m, ScalarType::Double, {{"d", size}, {"1", 1}, {"1", 1}});
+  check_tensor(kOp, "blocks_q", blocks_q, ScalarType::Double, {{"d", size}, {"1", 1}, {"1", 1}});
+  check_tensor(kOp, "order", order, ScalarType::Long, {{"d", size}});
+  check_tensor(kOp, "place", place, ScalarType::Long, {{"d", size}});
+  check_tensor(kOp, "alive", alive, ScalarType::Bool, {{"d", size}});
+  check_tensor(kOp, "family", family, ScalarType::Long, {{"d", size}});
+  check_tensor(kOp, "quota", quota, ScalarType::Long, {{"f", quota.size(0)}});
   STD_TORCH_CHECK(0 <= start && 0 <= steps && start + steps <= size && active <= size, kOp,
                   ": start ", start, ", steps ", steps, ", active ", active, " do not fit ", size,
                   " groups");

@@ -42,13 +42,6 @@ constexpr int64_t kTask = 64;   // outputs of a task, a whole number of tiles
 constexpr int64_t kLanes = 64;  // of the widest tile
 constexpr int64_t kGrain = 2;   // tasks that are worth a thread
 
-void check(const char* argument, const Tensor& tensor, ScalarType type,
-           std::initializer_list<Dim> dims) {
-  check_shape(kOp, argument, tensor, dims);
-  check_dtype(kOp, argument, tensor, type);
-  STD_TORCH_CHECK(tensor.is_contiguous(), kOp, ": ", argument, " is not contiguous");
-}
-
 const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -59,14 +52,16 @@ void round_columns(Tensor current, Tensor gradient, Tensor coefficients, Tensor 
   const int64_t columns = group.size(0), outputs = current.dim() == 2 ? current.size(1) : 0;
   const int64_t groups = scale.dim() == 2 ? scale.size(0) : 0;
   const std::initializer_list<Dim> whole = {{"b", columns}, {"p", outputs}};
-  check("current", current, ScalarType::Float, whole);
-  check("gradient", gradient, ScalarType::Float, whole);
-  check("coefficients", coefficients, ScalarType::Float, {{"b", columns}, {"b", columns}});
-  check("scale", scale, ScalarType::Float, {{"g", groups}, {"p", outputs}});
-  check("group", group, ScalarType::Long, {{"b", columns}});
+  check_tensor(kOp, "current", current, ScalarType::Float, whole);
+  check_tensor(kOp, "gradient", gradient, ScalarType::Float, whole);
+  check_tensor(kOp, "coefficients", coefficients, ScalarType::Float,
+               {{"b", columns}, {"b", columns}});
+  check_tensor(kOp, "scale", scale, ScalarType::Float, {{"g", groups}, {"p", outputs}});
+  check_tensor(kOp, "group", group, ScalarType::Long, {{"b", columns}});
   if (zero_point.has_value())
-    check("zero_point", *zero_point, ScalarType::Float, {{"g", groups}, {"p", outputs}});
-  if (keep.has_value()) check("keep", *keep, ScalarType::Bool, whole);
+    check_tensor(kOp, "zero_point", *zero_point, ScalarType::Float,
+                 {{"g", groups}, {"p", outputs}});
+  if (keep.has_value()) check_tensor(kOp, "keep", *keep, ScalarType::Bool, whole);
   STD_TORCH_CHECK(0 <= grid && grid <= 2, kOp, ": grid is ", grid, ", expected 0, 1 or 2");
   const auto* group_of = static_cast<const int64_t*>(group.const_data_ptr());
   STD_TORCH_CHECK(

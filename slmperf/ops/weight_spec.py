@@ -119,14 +119,17 @@ class WeightSpec:
             values = values.repeat_interleave(self.group_of(inputs), dim=1)[:, :inputs]
         return values.expand(-1, inputs)
 
-    def scales(self, weight: Tensor, dtype: torch.dtype | None = None) -> Scales:
+    def scales(
+        self, weight: Tensor, dtype: torch.dtype | None = None, *, shrink: float = 1.0
+    ) -> Scales:
         """Scales that reach the largest values of `weight` (out, in), floating and finite.
 
         dtype: of the scales; None: the weight's. A group of zeros gets the dtype's epsilon.
+        shrink: the share of the range that is reached; what lies beyond is clamped.
         Raises InputError for a group_size that does not divide, and where dtype overflows.
         """
         dtype = dtype or weight.dtype
-        high, low = self._extremes(weight.detach().float())
+        high, low = (shrink * one for one in self._extremes(weight.detach().float()))
         if self.symmetric:
             top = (self.highest - self.lowest) / 2 if self.kind == "int" else self.highest
             scale = torch.maximum(high, -low) / top

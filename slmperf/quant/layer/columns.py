@@ -119,21 +119,25 @@ class Columns:
         )
         torch.sub(self.weight[start:end], self.current[start:end], out=self.error[start:end])
 
+    def whole_steps(self, columns: Tensor | slice) -> Tensor:
+        """The codes, less the zero point, of some processed columns, whose values are on the grid:
+        (columns, p) fp32."""
+        steps = self.current[columns] / self._scale[self._group[columns]]
+        if self.spec.kind == "float":
+            return steps.to(torch.float8_e4m3fn).float()
+        return steps.round_()
+
     def codes(self) -> Tensor:
         """The codes (out, in) of the current values, which are on the grid."""
-        made = torch.empty_like(self.current, dtype=torch.int8)
+        made = torch.empty_like(self.current, dtype=self.spec.code_dtype)
         for start in range(0, len(self.order), self._block):
             part = slice(start, start + self._block)
-            code = self.current[part] / self._scale[self._group[part]]
-            if self.spec.kind == "float":
-                made[part] = code.to(torch.float8_e4m3fn).view(torch.int8)
-                continue
-            code.round_()
+            code = self.whole_steps(part)
             if self._zero_point is not None:
                 code += self._zero_point[self._group[part]]
-            made[part] = code.to(torch.int8)
-        place = torch.argsort(self.order)
-        return made.T[:, place].contiguous().view(self.spec.code_dtype)
+            made[part] = code.to(made.dtype)
+        bits = made.view(torch.int8)  # not every operation knows fp8
+        return bits.T[:, torch.argsort(self.order)].contiguous().view(made.dtype)
 
 
 def normalised(gram: Tensor, order: Tensor) -> Tensor:

@@ -29,45 +29,31 @@ _CHUNK = {"cpu": 2**17, "cuda": 2**26}
 def search_scales(weight: Tensor, diagonal: Tensor, spec: WeightSpec, dtype: torch.dtype) -> Scales:
     """Scales for `weight` (out, in) whose inputs weigh `diagonal` (in,) >= 0, stored in `dtype`."""
     outputs, inputs = weight.shape
-    first = spec.scales(weight, dtype)
-    groups = spec.scale_shape((outputs, inputs))[1]
-    weights = (diagonal / diagonal.mean().clamp(min=1e-30)).float().view(1, groups, -1)
-    scale, zero_point = first.scale.clone(), None
-    if first.zero_point is not None:
-        zero_point = first.zero_point.clone()
+    weights = (diagonal / diagonal.mean().clamp(min=1e-30)).float()
     step = max(1, _CHUNK[weight.device.type] // inputs)
-    for start in range(0, outputs, step):
-        rows = slice(start, start + step)
-        part = weight[rows].detach().float().view(-1, groups, inputs // groups)
-        high, low = part.amax(2), part.amin(2)
-        least = torch.full_like(high, float("inf"))
-        for factor in [1.0, *_FACTORS]:
-            if spec.symmetric:
-                top = (spec.highest - spec.lowest) / 2 if spec.kind == "int" else spec.highest
-                tried = stored(torch.maximum(high, -low) * (factor / top), dtype)
-                zeros = None
-            else:
-                below = low.clamp(max=0.0) * factor
-                span = high.clamp(min=0.0) * factor - below
-                tried = stored(span / (spec.highest - spec.lowest), dtype)
-                zeros = (spec.lowest - below / tried.float()).clamp(spec.lowest, spec.highest)
-                zeros = zeros.round()
-            wide = tried.float()[..., None]
-            code = part / wide
-            if spec.kind == "float":
-                code = code.clamp_(spec.lowest, spec.highest).to(torch.float8_e4m3fn).float()
-            elif zeros is None:
-                code = code.round_().clamp_(spec.lowest, spec.highest)
-            else:
-                code = code.round_().add_(zeros[..., None]).clamp_(spec.lowest, spec.highest)
-                code -= zeros[..., None]
-            code.mul_(wide).sub_(part).square_().mul_(weights)
-            error = code.sum(2)
-            better = error < least
-            least = torch.where(better, error, least)
-            scale[rows] = torch.where(better, tried, scale[rows])
-            if zeros is not None and zero_point is not None:
-                zero_point[rows] = torch.where(better, zeros.to(torch.int8), zero_point[rows])
+    found = [
+        _searched(weight[start : start + step].detach().float(), weights, spec, dtype)
+        for start in range(0, outputs, step)
+    ]
+    scale = torch.cat([one.scale for one in found])
+    zeros = [one.zero_point for one in found if one.zero_point is not None]
+    return Scales(scale, torch.cat(zeros) if zeros else None)
+
+
+def _searched(weight: Tensor, weights: Tensor, spec: WeightSpec, dtype: torch.dtype) -> Scales:
+    """The same for some outputs, fp32, of inputs that weigh `weights` (in,) fp32."""
+    shape = (weight.shape[0], weight.shape[1])
+    scale, zero_point = spec.scales(weight, dtype)
+    least = torch.full_like(scale, float("inf"), dtype=torch.float32)
+    for factor in [1.0, *_FACTORS]:
+        tried = spec.scales(weight, dtype, shrink=factor)
+        made = spec.decode(spec.encode(weight, tried), tried._replace(scale=tried.scale.float()))
+        error = made.sub_(weight).square_().mul_(weights).view(*spec.scale_shape(shape), -1).sum(2)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, tried.scale, scale)
+        if tried.zero_point is not None and zero_point is not None:
+            zero_point = torch.where(better, tried.zero_point, zero_point)
     return Scales(scale, zero_point)
 
 
@@ -76,15 +62,13 @@ def refit_scales(columns: Columns, scales: Scales) -> Scales:
 
     A group whose error would not fall keeps its scale. columns moves to the new values.
     """
-    spec, inputs = columns.spec, len(columns.order)
-    size = spec.group_of(inputs)
+    size = columns.spec.group_of(len(columns.order))
     scale = scales.scale.clone()
     place = torch.argsort(columns.order)  # where each input is processed
     for group in range(scale.shape[1]):
         members = place[group * size : (group + 1) * size]
         old = scale[:, group].float()
-        code = columns.current[members] / old
-        code = code.round_() if spec.kind == "int" else code.to(torch.float8_e4m3fn).float()
+        code = columns.whole_steps(members)
         rows = columns.gram[members]
         gain = ((rows @ columns.error) * code).sum(0)
         curvature = ((rows[:, members] @ code) * code).sum(0)
