@@ -77,6 +77,13 @@ def test_packed_codes_come_back(bits: int) -> None:
         assert torch.equal(unpack(packed, bits, count), codes)
 
 
+def test_an_axis_of_one_word_may_have_any_stride() -> None:
+    codes = codes_of(8, 5, 4, 0)  # zero points of 8 outputs and 5 groups, packed along outputs
+    stored = pack(codes.T, 4).T
+    assert stored.shape == (1, 5)
+    assert torch.equal(unpack(stored.T, 4, 8).T, codes)
+
+
 # ---- inputs
 
 

@@ -45,7 +45,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     rows = packed.shape[0]
     period = 8 // math.gcd(8, bits)
     periods, each = -(-count // period), period * bits // 8
-    flat = packed.contiguous().view(torch.uint8)
+    # One row: an axis of one word has any stride, and a view of other bytes wants it to be 1.
+    flat = packed.reshape(-1).view(torch.uint8).view(rows, 4 * packed.shape[1])
     flat = torch.nn.functional.pad(flat, (0, max(0, periods * each - flat.shape[1])))
     stream = flat[:, : periods * each].reshape(rows, periods, each)
     codes = stream.new_empty(rows, periods, period)
