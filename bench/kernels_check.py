@@ -14,8 +14,8 @@ is gone, a kernel without a row or a row without a kernel. The last group only n
 A kernel that rightly does without, because its tiles are small or its products fp32, says so beside
 its config table: `MATRIX_EXEMPT = {"_decode(*BLOCK_M=16*": "16 rows: a warpgroup takes 64"}`, a
 pattern of launches and the reason. Launches are those of `family.compiled` in
-slmperf/testing/cases.py, and of rounding_cases.py beside it. Shared memory that CUDA C++ asks for
-at launch is not seen here.
+slmperf/testing/cases.py, and of rounding_cases.py and attention_cases.py beside it. Shared memory
+that CUDA C++ asks for at launch is not seen here.
 
 Results are kept in build/kernels-check by a hash of the sources: a second run compiles nothing.
 """
@@ -85,11 +85,11 @@ def compile_rows(capability, launches_file):
         spec.loader.exec_module(module)
         wanted = module.launches(capability)
     else:
-        from slmperf.testing import rounding_cases
+        from slmperf.testing import attention_cases, rounding_cases
         from slmperf.testing.cases import FAMILIES
 
         cases = [case for family in FAMILIES.values() for case in family.compiled]
-        cases += rounding_cases.COMPILED
+        cases += rounding_cases.COMPILED + attention_cases.COMPILED
         wanted = [launch for case in cases for launch in launches(case, capability)]
     rows, patterns = [], {}
     for launch in sorted(set(wanted), key=str):
@@ -117,7 +117,8 @@ def _triton_job(capability, launches_file, cache):
     """(file of the kept result, process that writes it or None) for one capability."""
     slmperf, kernels = _package("slmperf"), _package("slmperf.triton_kernels")
     sources = [*(slmperf / "ops").rglob("*.py"), *kernels.glob("*.py"), Path(__file__)]
-    names = ("case", "cases", "kd_cases", "kd_family", "battery", "offline", "rounding_cases")
+    names = ("case", "cases", "kd_cases", "kd_family", "battery", "offline", "rounding_cases",
+             "attention_cases")  # fmt: skip
     sources += [slmperf / "testing" / f"{name}.py" for name in names]
     sources += [launches_file] if launches_file else []
     key = _digest(sources, version("triton"), version("torch"), capability)

@@ -18,6 +18,8 @@ from slmperf.bench.evaluation import command as evaluation
 from slmperf.plan import commands as plan_commands
 from slmperf.prune.command import commands as prune_commands
 from slmperf.quant.command import commands as quant_commands
+from slmperf.serve import export as export_command
+from slmperf.serve.deploy import commands as deploy_commands
 
 app = typer.Typer(
     help="Turn a large teacher into a small, fast ranking model, and measure what it costs.",
@@ -28,6 +30,8 @@ app.add_typer(bench_commands.app, name="bench")
 app.add_typer(plan_commands.app, name="plan")
 app.command()(prune_commands.prune)
 app.command()(quant_commands.quantize)
+app.command()(export_command.export)
+app.command()(deploy_commands.deploy)
 app.command("eval")(evaluation.evaluate)
 
 

@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from small_quantized import SCHEMES, quantized
 from test_shrink import logits, made
 
 from slmperf.check import InputError
-from slmperf.models import PrunedForCausalLM, load, save, shrink
-from slmperf.models.engines import _layouts, export_for_engine, permute_kv_heads
+from slmperf.models import QuantizedLinear, load, save, shrink
+from slmperf.models.engines.decilm import decilm_layouts
+from slmperf.models.engines.export import export_for_engine, permute_kv_heads
 from slmperf.models.pruned import PrunedConfig
 from slmperf.models.structure import heads_of, sizes_of
 from slmperf.ops.head_map import HeadMap
@@ -73,6 +74,21 @@ def rounded(ffn_mult: float, hidden: int) -> int:
     return -(-size // 256) * 256
 
 
+def as_written(folder: Path) -> SimpleNamespace:
+    """The same of one configuration, of what `computed` needs, without a process of its own."""
+    fields = json.loads((folder / "config.json").read_text())
+    layers = [
+        {
+            "kv_heads": fields["num_attention_heads"] // block["attention"]["n_heads_in_group"],
+            "ffn_mult": block["ffn"].get("ffn_mult"),
+            "size": block["ffn"].get("intermediate_size"),
+        }
+        for block in fields["block_configs"]
+    ]
+    bias, rope = fields["attention_bias"], fields["rope_parameters"]
+    return SimpleNamespace(layers=layers, bias=bias, mlp_bias=fields["mlp_bias"], rope=rope)
+
+
 def computed(folder: Path, read: SimpleNamespace) -> torch.nn.Module:
     """The model that the engines' class builds from the checkpoint: Llama's layers, all biases of
     the attention or none."""
@@ -87,15 +103,11 @@ def computed(folder: Path, read: SimpleNamespace) -> torch.nn.Module:
         }
         for index, layer in enumerate(read.layers)
     }
-    config = PrunedConfig(**fields, per_layer_config=layers)
-    model = PrunedForCausalLM(config).eval()
-    tensors: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        tensors |= load_file(file)
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors)
-    return model
+    same = folder.with_name(f"{folder.name}-read")
+    PrunedConfig(**fields, per_layer_config=layers).save_pretrained(same)
+    for file in folder.glob("*.safetensors*"):
+        (same / file.name).symlink_to(file)
+    return load(same)
 
 
 def irregular(family: str) -> transformers.PreTrainedModel:
@@ -108,9 +120,13 @@ def test_engines_read_layers_of_any_size(tmp_path: Path) -> None:
     models = {name: irregular(name) for name in ("llama-biased", "llama-tied", "qwen2", "mistral")}
     expected = {name: logits(model) for name, model in models.items()}
     for name, model in models.items():
-        export_for_engine(model, None, tmp_path / name, engine="vllm")
+        export_for_engine(model, None, tmp_path / name, engine="vllm", plugin=False)
         assert torch.equal(logits(model), expected[name])
-    export_for_engine(models["llama-tied"], None, tmp_path / "sglang", engine="sglang", ranks=3)
+    told = export_for_engine(
+        models["llama-tied"], None, tmp_path / "sglang", engine="sglang", ranks=3, plugin=False
+    )
+    assert (told.written, told.plugin, told.neurons) == ("DeciLMForCausalLM", False, 3 * 768 - 67)
+    assert (told.query_heads, told.kv_heads) == (3 * 12 - 12, 3 * 6 - 7)
     *for_vllm, sglang = as_read(*(tmp_path / name for name in (*models, "sglang")))
     for (name, model), read in zip(models.items(), for_vllm, strict=True):
         assert [layer["size"] for layer in read.layers] == [24, 40, 8]
@@ -132,8 +148,8 @@ def test_engines_read_layers_of_any_size(tmp_path: Path) -> None:
 
 
 def test_fewer_kv_heads_than_ranks_are_repeated_by_the_engine() -> None:
-    def sizes(counts: list[tuple[int, ...]], ranks: int, same: bool = False) -> list:
-        layouts = _layouts([HeadMap(one) for one in counts], ranks, same)
+    def sizes(counts: list[tuple[int, ...]], ranks: int, engine: str = "vllm") -> list:
+        layouts = decilm_layouts([HeadMap(one) for one in counts], ranks, engine)
         return [len(layouts[0].query_heads), [len(layout.kv_heads) for layout in layouts]]
 
     assert sizes([(4, 4)], 4) == [8, [2]]
@@ -141,37 +157,125 @@ def test_fewer_kv_heads_than_ranks_are_repeated_by_the_engine() -> None:
     assert sizes([(3, 3, 3)], 4) == [12, [4]]  # nor do 3 key/value heads
     assert sizes([(3,) * 8, (3,) * 3], 1) == [24, [8, 3]]
     assert sizes([(3,) * 8, (3,) * 5], 1) == [24, [8, 6]]
-    assert sizes([(3,) * 8, (3,) * 5], 1, same=True) == [24, [8, 8]]
+    assert sizes([(3,) * 8, (3,) * 5], 1, engine="sglang") == [24, [8, 8]]
 
 
-def test_layers_that_are_alike_need_no_zeros(tmp_path: Path) -> None:
+def test_quantised_layers_of_any_size(tmp_path: Path) -> None:
+    """Codes and scales of heads of 16 channels, which are whole groups of 8 inputs."""
+    queries = [list(range(8)), [5], [0, 2, 3]]
+    expected = {}
+    for name in ("w8a8", "w4a16", "w4a16-asymmetric", "fp8", "fp8-static"):
+        model = made("llama", hidden_size=128)
+        model = shrink(model, mlp=[range(24), range(40), range(16)], query_heads=queries)
+        quantized(model, SCHEMES[name])
+        expected[name] = logits(model)
+        told = export_for_engine(
+            model, None, tmp_path / name, engine="sglang", plugin=False, device="cpu"
+        )
+        assert (told.written, told.kv_heads) == ("DeciLMForCausalLM", 5)
+        assert told.neurons == 3 * 256 - 80
+    for name, wanted in expected.items():
+        engine = computed(tmp_path / name, as_written(tmp_path / name))
+        assert isinstance(engine.model.layers[1].mlp.up_proj, QuantizedLinear)
+        torch.testing.assert_close(logits(engine), wanted, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w4a16-asymmetric", "w4a16-channel", "fp8"])
+def test_neurons_are_filled_up_for_the_kernels(tmp_path: Path, scheme: str) -> None:
+    model = shrink(made("llama", hidden_size=64), mlp=[range(24)] * 3)
+    quantized(model, SCHEMES[scheme])
+    how = {"engine": "vllm", "ranks": 4, "device": "cpu"}
+    if scheme != "w8a8" and scheme != "fp8":
+        with pytest.raises(InputError, match="neurons in multiples of 32, to which .*--pad"):
+            export_for_engine(model, None, tmp_path / "no", **how)
+    else:
+        how |= {"engine": "sglang", "device": "cuda"}
+    told = export_for_engine(model, None, tmp_path / "yes", **how, pad=True)
+    assert told.written == "LlamaForCausalLM" and not told.plugin
+    again = load(tmp_path / "yes")
+    assert again.config.intermediate_size == (64 if scheme == "w8a8" else 32)
+    assert told.neurons == 3 * (again.config.intermediate_size - 24)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+
+
+def test_layers_that_are_alike_stay_as_they_are(tmp_path: Path) -> None:
     model = shrink(made("llama"), mlp=[range(32)] * 3, kv_groups=[[0, 2]] * 3)
-    export_for_engine(model, None, tmp_path / "engine", engine="vllm", ranks=2)
-    stored = sum(
-        tensor.numel()
-        for file in (tmp_path / "engine").glob("*.safetensors")
-        for tensor in load_file(file).values()
-    )
-    assert stored == sum(tensor.numel() for tensor in model.parameters())
+    told = export_for_engine(model, None, tmp_path / "one", engine="vllm", ranks=2)
+    assert (told.written, told.plugin, told.neurons) == ("LlamaForCausalLM", False, 0)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert torch.equal(logits(stock), logits(model))
+
+    # Qwen2 with fewer heads: vLLM's own class has no head size; a stock configuration all the same.
+    qwen = shrink(made("qwen2"), kv_groups=[[0, 2]] * 3)
+    told = export_for_engine(qwen, None, tmp_path / "two", engine="vllm")
+    fields = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert told.plugin and fields["architectures"] == ["PrunedForCausalLM"]
+    assert fields["model_type"] == "qwen2" and "label_token_ids" not in fields
+    assert torch.equal(logits(load(tmp_path / "two")), logits(qwen))
+    told = export_for_engine(tmp_path / "one", None, tmp_path / "three", engine="vllm", labels=[7])
+    fields = json.loads((tmp_path / "three" / "config.json").read_text())
+    assert told.plugin and fields["label_token_ids"] == [7]
 
 
-def test_what_the_engines_do_not_compute_is_refused(tmp_path: Path) -> None:
-    def refused(message: str, model: torch.nn.Module, engine: str = "vllm", ranks: int = 1) -> None:
+def test_the_plugin_gets_heads_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    queries = [[0, 1, 2, 3, 4, 6], list(range(8)), [0, 1, 2, 3, 4, 6]]
+    model = shrink(made("qwen3"), query_heads=queries, mlp=[range(24), range(40), range(8)])
+    told = export_for_engine(model, None, tmp_path / "two", engine="sglang", ranks=2, device="cpu")
+    assert (told.written, told.plugin, told.moved, told.wasted) == ("PrunedForCausalLM", True, 2, 0)
+    again = load(tmp_path / "two")
+    assert [heads_of(block).counts for block in again.model.layers][0] == (2, 1, 2, 1)
+    assert sizes_of(again) == sizes_of(model)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+    # Written again for one rank, from the folder, with its tokenizer or none.
+    told = export_for_engine(tmp_path / "two", None, tmp_path / "one", engine="vllm")
+    assert told.moved == 0 and torch.equal(logits(load(tmp_path / "one")), logits(again))
+
+    fewer = shrink(made("llama"), kv_groups=[[0, 2], [0, 1, 2, 3], [1]])
+    told = export_for_engine(fewer, None, tmp_path / "pool", engine="sglang")
+    assert told.wasted == pytest.approx(5 / 12) and told.kv_bytes_per_token == 3 * 2 * 4 * 6 * 4
+    told = export_for_engine(fewer, None, tmp_path / "pool", engine="vllm")
+    assert told.wasted == 0 and told.kv_bytes_per_token == 7 * 2 * 6 * 4
+
+
+def test_what_no_form_serves_is_refused(tmp_path: Path) -> None:
+    def refused(message: str, model: torch.nn.Module, **how: object) -> None:
         with pytest.raises(InputError, match=message) as caught:
-            export_for_engine(model, None, tmp_path / "engine", engine=engine, ranks=ranks)
-        assert "\n" not in str(caught.value) and not (tmp_path / "engine").exists()
+            export_for_engine(model, None, tmp_path / "no", **({"engine": "vllm"} | how))
+        assert "\n" not in str(caught.value) and not (tmp_path / "no").exists()
 
-    refused("mixtral has parts that DeciLMForCausalLM lacks", made("mixtral"))
-    refused("qwen3 has parts", made("qwen3"))
-    refused("sliding windows", made("mistral", sliding_window=8))
-    refused(
-        "sliding windows",
-        made("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    )
-    refused("biases in its MLP", made("llama-biased"), engine="sglang")
-    refused("engine is 'tgi', wanted 'vllm' or 'sglang'", made("llama"), engine="tgi")
+    differ = {"mlp": [range(24), range(40), range(8)]}
+    stock = {"plugin": False}
+    experts = shrink(made("mixtral"), mlp=[[range(16)] * 3, [range(24)] * 3, [range(8)] * 3])
+    refused("mixtures of experts", experts)
+    refused("as DeciLM: qwen3 has parts", shrink(made("qwen3"), **differ), **stock)
+    windows = shrink(made("mistral", sliding_window=8), **differ)
+    refused("as DeciLM: the model has sliding windows", windows, **stock)
+    refused("SGLang: sliding windows, which", windows, engine="sglang")
+    biased = shrink(made("llama-biased"), **differ)
+    refused("biases in its MLP", biased, engine="sglang", **stock)
+    refused("biases in the MLP", biased, engine="sglang")
+    refused("engine is 'tgi', wanted 'sglang' or 'vllm'", made("llama"), engine="tgi")
     refused("ranks is 0", made("llama"), ranks=0)
     refused("hidden_act is 'gelu'", made("llama", hidden_act="gelu"))
+    refused("do not divide by 3 ranks.*; wanted 1, 2, 4 or 8 tensor", made("llama"), ranks=3)
+    refused("label_token_ids are read by slmperf's", made("llama"), labels=[3], **stock)
+    refused("label_token_ids is .3, 64., wanted a list of different", made("llama"), labels=[3, 64])
+    odd = shrink(made("llama", head_dim=4), query_heads=[[0, 1, 2, 3, 4, 6]] * 3)
+    quantized(odd, SCHEMES["w4a16"])
+    refused("o_proj: 8 channels share a scale, heads of 4", odd, ranks=2, device="cpu")
+
+
+def test_a_checkpoint_whose_layers_are_not_said_is_refused(tmp_path: Path) -> None:
+    save(irregular("llama"), None, tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"per_layer_config": None}))
+    with pytest.raises(InputError, match="layer 0: mlp.gate_proj has 24 outputs, config.json says"):
+        export_for_engine(tmp_path / "whole", None, tmp_path / "no", engine="vllm", device="cpu")
+    path.write_text(json.dumps(fields | {"format_version": 2}))
+    with pytest.raises(InputError, match="format_version is 2, this slmperf reads 1"):
+        export_for_engine(tmp_path / "whole", None, tmp_path / "no", engine="vllm")
+    assert not (tmp_path / "no").exists()
 
 
 # ---- heads over ranks

@@ -406,7 +406,10 @@ def test_broken_configurations_are_one_line(tmp_path: Path) -> None:
         per_layer_config=broken,
     )
     broken = {**layers, "1": layers["1"] | {"head_map": [1, 0, 3]}}
-    refused("HeadMap: wanted one or more query heads", per_layer_config=broken)
+    refused("layer 1: HeadMap: wanted one or more query heads", per_layer_config=broken)
+    broken = {**layers, "1": layers["1"] | {"head_map": 4}}
+    refused("layer 1: head_map is 4, wanted a list of whole numbers", per_layer_config=broken)
+    refused("format_version is 2, this slmperf reads 1", format_version=2)
     refused("small", per_layer_config={"9": {"head_map": [1]}})
     with pytest.raises(InputError, match="layers differ"):
         shape_of(tmp_path / "small")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from slmperf.models.checkpoint import save as save
     from slmperf.models.checkpoint import weight_bytes as weight_bytes
     from slmperf.models.checkpoint import write_pretrained as write_pretrained
-    from slmperf.models.engines import export_for_engine as export_for_engine
-    from slmperf.models.engines import permute_kv_heads as permute_kv_heads
+    from slmperf.models.engines.export import export_for_engine as export_for_engine
+    from slmperf.models.engines.export import permute_kv_heads as permute_kv_heads
     from slmperf.models.masked import from_masked as from_masked
     from slmperf.models.pruned import PrunedForCausalLM as PrunedForCausalLM
     from slmperf.models.quantized import LinearScheme as LinearScheme
@@ -37,11 +37,11 @@ _HOMES = {
     "Sizes": "structure",
     "StreamedModel": "streaming",
     "apply_sizes": "resize",
-    "export_for_engine": "engines",
+    "export_for_engine": "engines.export",
     "from_masked": "masked",
     "load": "checkpoint",
     "parameters": "checkpoint",
-    "permute_kv_heads": "engines",
+    "permute_kv_heads": "engines.export",
     "replace_linear": "quantized",
     "save": "checkpoint",
     "shrink": "resize",

@@ -3,9 +3,10 @@
 config.json holds the fields of the model that was pruned, its model type under `base_model_type`,
 and what differs under `per_layer_config`, Transformers' own key for it (layer index -> values):
 intermediate_size, num_attention_heads, num_key_value_heads, and `head_map`, the number of query
-heads of each key/value head where they are unequal. The tensors have the names of the model that
-was pruned. Importing this module registers both classes, after which `AutoConfig` and
-`AutoModelForCausalLM` read such a folder.
+heads of each key/value head where they are unequal; `format_version` rises when an older reader
+would misread a newer file. The tensors have the names of the model that was pruned. Importing this
+module registers both classes, after which `AutoConfig` and `AutoModelForCausalLM` read such a
+folder.
 
 Transformers is imported at the top: both classes derive from its own.
 """
@@ -30,11 +31,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from slmperf.check import InputError
+from slmperf.models.layer_sizes import FORMAT_VERSION, layer_sizes
 from slmperf.models.structure import FAMILIES, experts_implementation, family_of, set_head_map
 from slmperf.ops.head_map import HeadMap
 
 # What a stock configuration does not have.
-_OWN_KEYS = ("base_model_type", "head_map", "per_layer_config")
+_OWN_KEYS = ("base_model_type", "format_version", "head_map", "per_layer_config")
 
 
 class PrunedConfig(PretrainedConfig):
@@ -50,6 +52,7 @@ class PrunedConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     base_model_type: str = "llama"
+    format_version: int = FORMAT_VERSION
     head_map: list[int] | None = None  # query heads of each key/value head; None: equally many
     max_position_embeddings: int = 2048  # which the rotary parameters of long contexts are read by
     rope_parameters: dict[str, Any] | None = None
@@ -178,10 +181,10 @@ def _decoder(config: PrunedConfig, experts: str | None) -> nn.Module:
     without_layers._experts_implementation = experts
     decoder = getattr(stock, f"{FAMILIES[family]}Model")(without_layers)
     make_layer = getattr(stock, f"{FAMILIES[family]}DecoderLayer")
-    for index, sizes in enumerate(config.per_layer_config):
-        head_map = _checked_heads(index, sizes)
-        layer = make_layer(sizes, index)
-        set_head_map(layer.self_attn, head_map)
+    layers = layer_sizes(config.to_dict())
+    for index, (of_layer, sizes) in enumerate(zip(config.per_layer_config, layers, strict=True)):
+        layer = make_layer(of_layer, index)
+        set_head_map(layer.self_attn, sizes.heads)
         decoder.layers.append(layer)
     config._experts_implementation = without_layers._experts_implementation
     # One configuration for all, so that a change of its attention implementation reaches all.
@@ -189,19 +192,6 @@ def _decoder(config: PrunedConfig, experts: str | None) -> nn.Module:
         if isinstance(getattr(module, "config", None), PrunedConfig):
             module.config = config
     return decoder
-
-
-def _checked_heads(index: int, sizes: PretrainedConfig) -> HeadMap:
-    query_heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
-    if sizes.head_map is None and query_heads % kv_heads == 0:
-        return HeadMap((query_heads // kv_heads,) * kv_heads)
-    head_map = HeadMap(tuple(sizes.head_map or ()))
-    if (head_map.query_heads, head_map.kv_heads) != (query_heads, kv_heads):
-        raise InputError(
-            f"PrunedForCausalLM: layer {index}: head_map has {head_map.query_heads} query and "
-            f"{head_map.kv_heads} key/value heads, wanted {query_heads} and {kv_heads}"
-        )
-    return head_map
 
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig)

@@ -32,6 +32,13 @@ class TensorFiles(contextlib.ExitStack):
 
     def get(self, name: str) -> Tensor:
         """The tensor `name`; InputError where the checkpoint has none."""
+        return self._file_of(name).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, of which only the file's header is read."""
+        return tuple(self._file_of(name).get_slice(name).get_shape())
+
+    def _file_of(self, name: str) -> Any:
         from safetensors import safe_open
 
         if name not in self.stored:
@@ -39,7 +46,7 @@ class TensorFiles(contextlib.ExitStack):
         file = self.stored[name]
         if file not in self._open:
             self._open[file] = self.enter_context(safe_open(file, framework="pt"))
-        return self._open[file].get_tensor(name)
+        return self._open[file]
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -4,6 +4,7 @@
     kd_loss         distillation loss from hidden states and heads, no logits held: (T, D), (V, D)
     gram            the lower half of X'X, added up in fp64: (n, d) -> (d, d)
     eliminate       the pivots of structured pruning's factorisation: (d, d) x 2 -> (steps,)
+    paged_attention causal attention over pages of keys and values: (T, H, C) -> (T, H, C)
 
 HeadMap says which key/value head each query head reads, where they do not read as many each.
 
@@ -51,6 +52,7 @@ from slmperf.ops.kd_loss import (
     kd_loss,
     kd_loss_reference,
 )
+from slmperf.ops.paged_attention import PagedAttention, paged_attention
 from slmperf.ops.routing import implementations
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "ForwardKL",
     "HeadMap",
     "KDLoss",
+    "PagedAttention",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
@@ -71,4 +74,5 @@ __all__ = [
     "implementations",
     "kd_loss",
     "kd_loss_reference",
+    "paged_attention",
 ]

@@ -52,6 +52,7 @@ def plan(
     from slmperf.check import InputError, check_plot, parse_tokens
     from slmperf.models.files import write_atomically
     from slmperf.models.shapes import shape_of
+    from slmperf.plan.latency import LatencyModel
     from slmperf.plan.plot import plot_plan
     from slmperf.plan.recipe import recipe_text
     from slmperf.plan.search import floor_ms
@@ -59,7 +60,7 @@ def plan(
 
     if target_ttft_ms is None:
         raise InputError("plan: --target-ttft-ms is missing, expected milliseconds such as 150")
-    model = _model(gpu)
+    model = LatencyModel.named(gpu)
     bases = [shape_of(one.strip()) for one in base.split(",") if one.strip()]
     tokens, own_tokens = parse_tokens(context), parse_tokens(item_tokens, "item tokens")
     schemes = [one.strip() for one in scheme.split(",") if one.strip()] or list(model.gemm_tflops)
@@ -134,8 +135,9 @@ def fit(
 
     from slmperf.plan.fit import fit as fit_cells
     from slmperf.plan.fit import read_cells
+    from slmperf.plan.latency import LatencyModel
 
-    base = _model(like)
+    base = LatencyModel.named(like)
     found = fit_cells(
         [cell for path in measurements for cell in read_cells(path)],
         base,
@@ -170,14 +172,6 @@ def fit(
     if out is not None:
         model.save(out)
         console.print(f"wrote {out}")
-
-
-def _model(name: str) -> LatencyModel:
-    from slmperf.plan.latency import LatencyModel
-
-    path = Path(name)
-    is_file = path.suffix == ".json" or path.is_file()
-    return LatencyModel.load(path) if is_file else LatencyModel.preset(name)
 
 
 def _print_choices(found: list, usd_per_gpu_hour: float) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -142,6 +142,12 @@ class LatencyModel:
         return cls._parse(Path(path).read_text(encoding="utf-8"), str(path))
 
     @classmethod
+    def named(cls, name: str) -> LatencyModel:
+        """What a command's option says: a preset, or a file that `save` wrote."""
+        path = Path(name)
+        return cls.load(path) if path.suffix == ".json" or path.is_file() else cls.preset(name)
+
+    @classmethod
     def _parse(cls, text: str, source: str) -> LatencyModel:
         try:
             value = json.loads(text)
@@ -204,7 +210,8 @@ class LatencyModel:
     ) -> Prediction:
         """Milliseconds until `items` prompts with a common prefix are answered (TTFT of the last).
 
-        shape        what `slmperf.models.shapes.shape_of` takes: "2.4b", a config, a folder
+        shape        what `slmperf.models.shapes.shape_of` takes: "2.4b", a config, a folder; of a
+                     model whose layers differ a list, a Shape for each kind with its number
         context      tokens of one whole prompt, its own `item_tokens` included
         items        prompts on the prefix; the first computes it, the others come in one batch
         hot          the prefix is cached already: only items x item_tokens are computed
@@ -213,10 +220,10 @@ class LatencyModel:
         Raises InputError for sizes that cannot be.
         """
         question = self._question(shape, context, tensor_parallel, scheme)
-        works = prefill_works(
-            *question, context=context, items=items, item_tokens=item_tokens, hot=hot
-        )
-        found = [self.times(work, question[2]) for work in works]
+        shapes, ranks, scheme = question
+        settings: dict[str, Any] = {"items": items, "item_tokens": item_tokens, "hot": hot}
+        works = (prefill_works(one, ranks, scheme, context=context, **settings) for one in shapes)
+        found = [self.times(Work.together(kinds), scheme) for kinds in zip(*works, strict=True)]
         outside = self._outside(*question, context=context)
         if (hot or items > 1) and self.fitted.cells and not self.fitted.hot:
             outside += ("a cached prefix was not measured",)
@@ -239,11 +246,11 @@ class LatencyModel:
         question = self._question(shape, context, tensor_parallel, scheme)
         if batch < 1:
             raise InputError(f"plan: batch is {batch}, expected at least 1")
-        size, ranks, _ = question
-        pairs = float(batch * context)
-        work = Work.of(*question, new=batch, pairs=pairs, cached=batch * context)
-        found = self.times(work, question[2])
-        head_ms = 2 * size.vocabulary * size.hidden / (ranks * self.read_gbs * 1e6)
+        shapes, ranks, scheme = question
+        step: dict[str, Any] = {"new": batch, "pairs": batch * context, "cached": batch * context}
+        work = Work.together([Work.of(one, ranks, scheme, **step) for one in shapes])
+        found = self.times(work, scheme)
+        head_ms = 2 * shapes[0].vocabulary * shapes[0].hidden / (ranks * self.read_gbs * 1e6)
         outside = self._outside(*question, context=context)
         if self.fitted.cells:
             outside += ("decode steps were not measured",)
@@ -256,8 +263,10 @@ class LatencyModel:
         """The terms of `prefill_ms` with the same settings."""
         return self.prefill_ms(shape, **settings).breakdown
 
-    def _question(self, what: Any, context: int, ranks: int, scheme: str) -> tuple[Shape, int, str]:
-        shape = shape_of(what)
+    def _question(
+        self, what: Any, context: int, ranks: int, scheme: str
+    ) -> tuple[list[Shape], int, str]:
+        shapes = [shape_of(one) for one in (what if isinstance(what, list) else [what])]
         if not isinstance(context, int) or context < 1:
             raise InputError(
                 f"plan: context is {context!r}, expected a whole number of tokens >= 1"
@@ -266,8 +275,9 @@ class LatencyModel:
         if scheme not in self.gemm_tflops:
             known = ", ".join(self.gemm_tflops)
             raise InputError(f"plan: scheme is {scheme!r}, expected one of {known} ({self.name})")
-        shape.rank(ranks)  # refuses what does not divide
-        return shape, ranks, scheme
+        for shape in shapes:
+            shape.rank(ranks)  # refuses what does not divide
+        return shapes, ranks, scheme
 
     def times(self, work: Work, scheme: str) -> Breakdown:
         """Milliseconds of one forward pass, by term."""
@@ -288,14 +298,16 @@ class LatencyModel:
         """What reading the cached keys and values once takes."""
         return work.cache_bytes / self.read_gbs / 1e6
 
-    def _outside(self, shape: Shape, ranks: int, scheme: str, *, context: int) -> tuple[str, ...]:
+    def _outside(
+        self, shapes: Sequence[Shape], ranks: int, scheme: str, *, context: int
+    ) -> tuple[str, ...]:
         seen = self.fitted
         if not seen.cells:
             return ("nothing was measured on this hardware",)
         found = []
         for what, value, (low, high) in (
             ("context", context, seen.context),
-            ("parameters", shape.parameters, seen.parameters),
+            ("parameters", parameters_of(shapes), seen.parameters),
         ):
             if not low <= value <= high:
                 side, end = ("below", low) if value < low else ("above", high)
@@ -309,6 +321,13 @@ class LatencyModel:
     def carried_to(self, name: str, source: str, **constants: Any) -> LatencyModel:
         """Another machine's model with these constants replaced; nothing of it was measured."""
         return replace(self, name=name, source=source, fitted=Fitted(), **constants)
+
+
+def parameters_of(shapes: Sequence[Shape]) -> int:
+    """All weights of a model whose layers are of these shapes; what is no layer's counts once."""
+    first, *rest = shapes
+    per_layer = ((one.layers, one.layer_matrix_parameters + 2 * one.hidden) for one in rest)
+    return first.parameters + sum(layers * each for layers, each in per_layer)
 
 
 def _list(values: tuple) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from slmperf.check import InputError
@@ -55,6 +55,12 @@ class Work(NamedTuple):
             allreduce_bytes=shape.layers * 2 * ring * new * shape.hidden * 2,
             elementwise_bytes=float(shape.layers) * new * _elementwise(shape, ranks, scheme),
         )
+
+    @classmethod
+    def together(cls, works: Sequence[Work]) -> Work:
+        """Of layers that differ, the works of each kind on the same tokens."""
+        new, *_ = works[0]
+        return cls(new, *(sum(column) for column in list(zip(*works, strict=True))[1:]))
 
 
 def prefill_works(

@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 
 from slmperf.ops import routing
+from slmperf.testing.attention_cases import PagedAttentionCase
 from slmperf.testing.battery import with_gradients
 from slmperf.testing.cases import Case
 from slmperf.testing.rounding_cases import RoundColumnsCase
@@ -120,10 +121,10 @@ def _as_if_on(capability: int) -> Iterator[list[Launch]]:
         yield seen
 
 
-def launches(case: Case | RoundColumnsCase, capability: int) -> list[Launch]:
+def launches(case: Case | RoundColumnsCase | PagedAttentionCase, capability: int) -> list[Launch]:
     """The kernels of a case's forward and, where it has one, backward, each once."""
     with _as_if_on(capability) as seen:
-        if isinstance(case, RoundColumnsCase):
+        if isinstance(case, RoundColumnsCase | PagedAttentionCase):
             case.run(case.tensors(), "triton")
         else:
             value = case.run(with_gradients(case, case.tensors()), "triton")

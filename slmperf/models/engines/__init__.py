@@ -1,0 +1,1 @@
+"""What serving engines take: rules, exports, and how heads lie over their ranks."""
