@@ -1,6 +1,8 @@
 """`slmperf deploy`: sizes against the planner and a simulated queue, refusals, what it writes."""
 
+import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,6 +177,8 @@ def test_checkpoints_that_are_none(slmperf, tmp_path):
     refused(PER_LAYER | {"format_version": 2}, "format_version is 2")
     refused(PER_LAYER | {"vocab_size": None}, "vocab_size is None, wanted a number")
     refused(PER_LAYER, "do not divide by 3 ranks", "--tp", 3)
+    replace(H100, device_memory_gb=math.inf).save(tmp_path / "endless.json")
+    refused(FP8, "wanted device_memory_gb", "--gpu", tmp_path / "endless.json")
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").write_text("")

@@ -118,7 +118,8 @@ def test_quantised_layers_over_ranks_and_kernels() -> None:
     assert "4 neurons per rank, wanted a multiple of 8" in why("bf16", 16, engine="sglang", ranks=4)
 
     eight = fields_of_scheme(SCHEMES["W8A8"], 1024)
-    assert "not in float32" in refused(eight, engine="sglang", dtype="float32", device="cpu")
+    line = refused(eight, engine="sglang", dtype="float32", device="cpu")
+    assert "not in float32; wanted --dtype bfloat16 or --quantization slmperf" in line
     assert reasons(eight, engine="vllm", dtype="float32", device="cpu") == []
     assert "not float32" in refused(eight, engine="vllm", dtype="float32")
     own = {"engine": "sglang", "plugin": True, "quantization": "slmperf"}

@@ -22,8 +22,10 @@ from slmperf.models import QuantizedLinear, load, save, shrink
 from slmperf.models.engines.decilm import decilm_layouts
 from slmperf.models.engines.export import export_for_engine, permute_kv_heads
 from slmperf.models.pruned import PrunedConfig
+from slmperf.models.quantized import LinearScheme
 from slmperf.models.structure import heads_of, sizes_of
 from slmperf.ops.head_map import HeadMap
+from slmperf.ops.weight_spec import Int4
 
 # What vLLM 0.33 and SGLang 0.5.23 read of a DeciLM configuration, by attribute, in a process that
 # does not know slmperf.
@@ -160,14 +162,19 @@ def test_fewer_kv_heads_than_ranks_are_repeated_by_the_engine() -> None:
     assert sizes([(3,) * 8, (3,) * 5], 1, engine="sglang") == [24, [8, 8]]
 
 
+ZEROS = LinearScheme(Int4(group_size=-1, symmetric=False))  # of which a row shares one zero point
+
+
 def test_quantised_layers_of_any_size(tmp_path: Path) -> None:
-    """Codes and scales of heads of 16 channels, which are whole groups of 8 inputs."""
+    """Codes and scales of heads of 16 channels, which are whole groups of 8 inputs; large values,
+    whose mean would set the scale of o's inputs."""
     queries = [list(range(8)), [5], [0, 2, 3]]
     expected = {}
-    for name in ("w8a8", "w4a16", "w4a16-asymmetric", "fp8", "fp8-static"):
-        model = made("llama", hidden_size=128)
+    for name in ("w8a8", "w4a16", "w4a16-asymmetric", "fp8", "fp8-static", "zeros"):
+        model = made("llama", hidden_size=64, head_dim=16)
+        model.model.layers[2].self_attn.v_proj.weight.data[:32] *= 30
         model = shrink(model, mlp=[range(24), range(40), range(16)], query_heads=queries)
-        quantized(model, SCHEMES[name])
+        quantized(model, SCHEMES.get(name, ZEROS))
         expected[name] = logits(model)
         told = export_for_engine(
             model, None, tmp_path / name, engine="sglang", plugin=False, device="cpu"

@@ -39,8 +39,8 @@ AT_MODULE_LEVEL = {
     "slmperf.distill.progress": "its class derives from transformers.TrainerCallback",
     "slmperf.distill.trainer": "its class derives from transformers.Trainer",
     "slmperf.engine.engine": "its cache derives from transformers.DynamicCache",
-    "slmperf.models.engines.configuration_decilm": "a checkpoint's own file: its class derives from "
-    "transformers.LlamaConfig",
+    "slmperf.models.engines.configuration_decilm": "a checkpoint's own file: its class derives "
+    "from transformers.LlamaConfig",
     "slmperf.models.engines.flat": "its class derives from transformers.PretrainedConfig",
     "slmperf.models.pruned": "its classes derive from transformers' own",
     "slmperf.testing.interpreter": "it mends triton's interpreter",

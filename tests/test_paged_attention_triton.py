@@ -12,7 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from slmperf.ops import HeadMap, PagedAttention, paged_attention
+from slmperf.ops import HeadMap
+from slmperf.ops.paged_attention import PagedAttention, paged_attention
 from slmperf.testing.attention_cases import BF16, FP8, FP16, FP32, PADDING, PagedAttentionCase
 from slmperf.testing.interpreter import cure
 

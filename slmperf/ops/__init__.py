@@ -52,7 +52,7 @@ from slmperf.ops.kd_loss import (
     kd_loss,
     kd_loss_reference,
 )
-from slmperf.ops.paged_attention import PagedAttention, paged_attention
+from slmperf.ops.paged_attention import paged_attention
 from slmperf.ops.routing import implementations
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "ForwardKL",
     "HeadMap",
     "KDLoss",
-    "PagedAttention",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slmperf.ops import HeadMap, PagedAttention, paged_attention
+from slmperf.ops import HeadMap
+from slmperf.ops.paged_attention import PagedAttention, paged_attention
 from slmperf.testing.budget import check_error
 from slmperf.testing.case import BF16, FP16, FP32
 

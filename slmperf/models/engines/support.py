@@ -101,18 +101,15 @@ def check_served(
     """InputError, in the name of `what`, with the reason why the engine does not serve a
     checkpoint and the nearest that it does; the arguments are those of `reasons`."""
     facts = model if isinstance(model, Facts) else facts_of(model)
-    found = reasons(
-        facts,
-        engine=engine,
-        ranks=ranks,
-        plugin=plugin,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-    )
-    if found:
+    here = partial(reasons, facts, engine=engine, ranks=ranks, device=device)
+    found = here(plugin=plugin, dtype=dtype, quantization=quantization)
+    if not found:
+        return
+    if not here(plugin=plugin, quantization=quantization):  # but for the dtype
+        near = ["--dtype bfloat16", f"--quantization {NAME} with the plug-in (slower)"]
+    else:
         near = nearest(facts, engine=engine, ranks=ranks, plugin=plugin, device=device)
-        raise refusal(what, engine, found, near)
+    raise refusal(what, engine, found, near)
 
 
 def refusal(what: str, engine: Engine, found: Sequence[str], near: Sequence[str]) -> InputError:

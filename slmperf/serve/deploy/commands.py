@@ -103,6 +103,6 @@ def deploy(
         (aside / "serve.sh").write_text(lines)
         (aside / "serve.sh").chmod(0o755)
         (aside / "kubernetes.yaml").write_text(cluster)
-        if sized.plugin:
+        if sized.plugin and not image:
             (aside / "Dockerfile").write_text(dockerfile(_IMAGES[engine], __version__))
     typer.echo(f"wrote {write}")

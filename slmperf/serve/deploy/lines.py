@@ -149,7 +149,7 @@ def dockerfile(base: str, version: str) -> str:
         f"FROM {base}\n"
         f"# The wheel of slmperf {version}: `make wheel` writes it to dist/.\n"
         "COPY slmperf-*.whl /tmp/\n"
-        "RUN pip install --no-deps /tmp/slmperf-*.whl && rm /tmp/slmperf-*.whl\n"
+        "RUN python3 -m pip install --no-deps /tmp/slmperf-*.whl && rm /tmp/slmperf-*.whl\n"
     )
 
 

@@ -77,7 +77,7 @@ def notes(deployment: Deployment, tried: Sequence[Sized | Refused], gpu: Latency
 def summary(deployment: Deployment) -> list[str]:
     """What is served and how fast, for the head of a file."""
     wanted, sized = deployment.wanted, deployment.sized
-    found = [
+    return [
         f"{deployment.name}: {sized.replicas} x tp {sized.ranks} ({sized.gpus} GPUs), "
         f"{NAMES[wanted.engine]}",
         f"prompts of {wanted.context:,} tokens, {wanted.items} on a prefix, the last "
@@ -86,7 +86,6 @@ def summary(deployment: Deployment) -> list[str]:
         f"hot {sized.hot:.1f} ms (predicted)",
         f"cache: {sized.cached_tokens:,} tokens a replica, {sized.kv_bytes_per_token:,} bytes each",
     ]
-    return found
 
 
 def _sizing_notes(deployment: Deployment, gpu: LatencyModel) -> list[str]:

@@ -133,6 +133,8 @@ def size(
             f"--context: wanted at most the model's {checkpoint.positions} tokens, found "
             f"{wanted.context}"
         )
+    if not math.isfinite(gpu.device_memory_gb):
+        raise InputError(f"{gpu.name}: wanted device_memory_gb, the memory of a GPU, found none")
     if ranks is not None:  # in the words of the rules, with the nearest that would be served
         check_served(
             str(checkpoint.folder),
