@@ -1,4 +1,5 @@
 # make install | quickstart [DATA=path] | test | test-all | lint | format | wheel [CUDA=1] | clean
+# make test-engines [ENGINE_DEVICE=cuda OUT=]: real SGLang and vLLM, once 6 GB and some minutes more
 # make kernels-check [UPDATE=1] | gpu-check [PART= BUDGET_S= DEVICE= OUT= DATA= COMMIT=]
 # Needs Python 3.11 or later with headers and venv, make, and a C++20 compiler (g++ 12).
 
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: install quickstart test test-all lint format wheel kernels-check gpu-check check-machine clean
+.PHONY: install quickstart test test-all test-engines lint format wheel kernels-check gpu-check check-machine clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/built
@@ -48,6 +49,12 @@ test: install
 
 test-all: install
 	$(call pytest,3600,-m "not gpu")
+
+# Their environments are kept in a cache folder, see tests/engines/environments.py.
+test-engines: export ENGINE_DEVICE ?= cpu
+test-engines: install
+	$(BIN)/python tests/engines/environments.py
+	$(call pytest,1800,tests/engines --junitxml=$(or $(OUT),build)/test-engines.xml)
 
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cuh)
 

@@ -3,7 +3,8 @@
     1 tests    what machine, build and versions this is; pytest -m gpu, each test in a process
     2 owed     the machine's roof, and the rows that targets of bench/targets.toml wait for
     3.. ops, kd, train, layer, engine, gram, prune, quantize, quantize-model: the benches, the one
-        first whose sources changed last
+        first whose sources changed last; served: real engines, where `make test-engines
+        ENGINE_DEVICE=cuda` has built their environments
 
 Tests come before the rows owed: a row of a kernel that is wrong would settle a target falsely.
 
@@ -52,6 +53,7 @@ BENCHES = {
     "quantize": ("slmperf/quant/layer", "slmperf/ops/round_columns.py",
                  "triton_kernels/round_columns.py", "slmperf/bench/quantize/layer.py"),
     "quantize-model": ("slmperf/quant", "slmperf/bench/quantize/model.py"),
+    "served": ("slmperf/serve", "slmperf/models/engines"),
 }  # fmt: skip
 END_S = 10  # a killed process that is still there then hangs in a driver, and is left behind
 GRACE_S = 20  # beyond the budget: for a section that keeps its own time to write down what it has

@@ -2,9 +2,16 @@
 
 A plan is a function of the device: section name -> function of a part and its facts that gives
 rows. A section's name begins those of its rows, so that a target that names a row finds it.
+
+Over 400 lines: a plan for every bench, few lines each.
 """
 
+import os
+import subprocess
 import sys
+import tempfile
+import time
+import xml.etree.ElementTree as xml
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +71,8 @@ QUANTIZINGS = {
     "cuda": (("8b", "w4a16", 512 * 2048, 2048, 8),),
     "cpu": (((2, 128, 4, 2, 32, 128, 96), "w4a16", 256, 64, 2),),
 }
+# Engines whose tests run; on a CPU `make test-engines` is that.
+SERVED = {"cuda": ("sglang", "vllm"), "cpu": ()}
 # One token in so many is an answer, and whether the student's layers are checkpointed.
 TRAIN_KINDS = {"cuda": ((1, False), (1, True), (128, False)), "cpu": ((1, False), (4, True))}
 
@@ -326,6 +335,51 @@ def quantize_model_plan(device):
     return plan
 
 
+def served_plan(device):
+    """tests/engines on real engines, a section each."""
+
+    def work(part, facts, engine):
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.xml")
+            command = [sys.executable, "-m", "pytest", "-q", f"tests/engines/test_{engine}.py",
+                       f"--junitxml={report}"]  # fmt: skip
+            environment = {**os.environ, "ENGINE_DEVICE": device}
+            left = max(1, part.deadline - time.time())
+            try:
+                done = subprocess.run(command, cwd=ROOT, env=environment, timeout=left, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+            except subprocess.TimeoutExpired as late:
+                raise Failed(f"{engine}: not finished within {left:.0f} s") from late
+            if not report.exists():
+                raise Failed(done.stdout)
+            yield from counted(engine, report.read_text())
+        if done.returncode:
+            raise Failed(done.stdout)
+
+    return {
+        f"served {engine}": lambda part, facts, engine=engine: work(part, facts, engine)
+        for engine in SERVED[device]
+    }
+
+
+def counted(engine, report):
+    """A row for each test function of a JUnit report: its cases that passed, and that did not
+    (failed or skipped), and how long they took."""
+    cases = {}
+    for case in xml.fromstring(report).iter("testcase"):
+        cases.setdefault(case.get("name").partition("[")[0], []).append(case)
+    for function, of_function in cases.items():
+        passed = sum(len(case) == 0 or case[0].tag.startswith("system") for case in of_function)
+        took_us = 1e6 * sum(float(case.get("time", 0)) for case in of_function)
+        yield {
+            "name": f"served {engine} {function}",
+            "passed": passed,
+            "not_passed": len(of_function) - passed,
+            **dict.fromkeys(("time_us", "low_us", "high_us"), took_us),
+            "samples": len(of_function),
+        }
+
+
 def worst_of(rows, name):
     """The figures that hold at every number of tokens, as one row; its time is that of the last of
     ours at the most tokens. A figure that one of the rows lacks is left out.
@@ -360,4 +414,5 @@ BENCHES = {
     "prune": prune_plan,
     "quantize": quantize_plan,
     "quantize-model": quantize_model_plan,
+    "served": served_plan,
 }

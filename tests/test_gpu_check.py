@@ -428,6 +428,21 @@ def test_outcomes_of_tests_are_counted_and_failures_kept(sections, stub, tmp_pat
         sections.run_test(str(tmp_path / "test_some.py"), late, facts)
 
 
+REPORT = """<testsuites><testsuite>
+<testcase name="test_backends[fa3 llama]" time="1.5"/>
+<testcase name="test_backends[triton qwen3]" time="2"><system-out>said</system-out></testcase>
+<testcase name="test_sizes[w4a16]" time="1"><failure message="apart">apart</failure></testcase>
+<testcase name="test_sizes[fp8]" time="0"><skipped message="no kernel"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_tests_of_engines_are_counted_by_function(plans):
+    backends, sizes = plans.counted("sglang", REPORT)
+    assert backends["name"] == "served sglang test_backends" and backends["time_us"] == 3.5e6
+    assert (backends["passed"], backends["not_passed"], backends["samples"]) == (2, 0, 2)
+    assert (sizes["passed"], sizes["not_passed"]) == (0, 2)
+
+
 def test_a_build_that_fails_is_tried_without_cuda(check, report, tmp_path, monkeypatch):
     """So that a fault in CUDA C++ does not cost the figures of everything else."""
     tried = []

@@ -11,8 +11,8 @@ SGLANG_EXTERNAL_MODEL_PACKAGE=slmperf.serve) registers
                           sizes that SGLang has no kernel for (--quantization slmperf)
 
 SGLang's cache has one number of key/value heads for all layers: layers with fewer are filled up
-with zeros in it. Its own backends want as many query heads for every key/value head; for them the
-queries of a layer that has them uneven are put between zeros, and taken out again.
+with zeros in it. Its own backends want as many query heads for every key/value head; for them
+smaller groups are filled up with copies, whose outputs are dropped.
 
 A configuration with `label_token_ids` (or --json-model-override-args '{"label_token_ids": [..]}')
 gives logits of these tokens alone: the head has as many rows, and /v1/score with apply_softmax the
@@ -320,6 +320,5 @@ def _check(config: Any, parallel: Any) -> None:
         ranks=parallel.tp_size,
         plugin=True,
         device="cpu" if arguments.device == "cpu" else "cuda",
-        dtype=str(torch.get_default_dtype()).removeprefix("torch."),
         quantization=arguments.quantization,
     )

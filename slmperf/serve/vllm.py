@@ -30,7 +30,7 @@ from slmperf.check import InputError
 from slmperf.models.engines import flat
 from slmperf.models.engines.decoder import Decoder, decoder_of
 from slmperf.models.engines.labels import LabelHead
-from slmperf.models.engines.layout import queries_of
+from slmperf.models.engines.layout import spread
 from slmperf.models.engines.support import check_served
 from slmperf.models.engines.weights import PARTS, STACKED, placed, sources
 
@@ -279,15 +279,8 @@ class _Attention(nn.Module):
         )
         if own_backend:
             self.attn.num_heads = heads.query_heads  # it takes no uneven number itself
-        # For backends with even groups: the query head at each of their places (the last of a
-        # group again where it is smaller), and the place of each query head.
-        self.spread = not own_backend and heads.counts != (layout.group,) * heads.kv_heads
-        taken: list[int] = []
-        kept: list[int] = []
-        for group in range(heads.kv_heads):
-            members = queries_of(heads, group)
-            kept += range(len(taken), len(taken) + len(members))
-            taken += members + members[-1:] * (layout.group - len(members))
+        taken, kept = spread(heads, layout.group, heads.kv_heads)
+        self.even = own_backend or taken == list(range(heads.query_heads))
         own = queries[rank * heads.query_heads : (rank + 1) * heads.query_heads]
         self.register_buffer("taken", torch.tensor(taken), persistent=False)
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
@@ -306,10 +299,10 @@ class _Attention(nn.Module):
             query = self.q_norm(query.unflatten(-1, (-1, size))).flatten(-2)
             key = self.k_norm(key.unflatten(-1, (-1, size))).flatten(-2)
         query, key = self.rotary_emb(positions, query, key)
-        if self.spread:
+        if not self.even:
             query = query.unflatten(-1, (-1, size)).index_select(1, self.taken).flatten(-2)
         output = self.attn(query, key, value).unflatten(-1, (-1, size))
-        if self.spread:
+        if not self.even:
             output = output.index_select(1, self.kept)
         if self.filled_up:  # queries of zeros see the mean of all values
             output = output * self.real

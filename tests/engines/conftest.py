@@ -12,21 +12,12 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import checkpoints
 import processes
 import pytest
-from checkpoints import Continued
+from checkpoints import Checkpoint
 from environments import missing
 from processes import Job, Outcome
-
-
-class Checkpoint(NamedTuple):
-    """A folder that engines read, and what it computes."""
-
-    folder: Path
-    reference: list[Continued]
 
 
 def pytest_sessionstart() -> None:
@@ -67,27 +58,17 @@ def _run(command: list, root: Path) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Checkpoint]:
-    """name -> the checkpoint of `checkpoints.MODELS`, made once, for an engine."""
+    """name, engine -> the checkpoint of `checkpoints.MODELS`, made once."""
     made = tmp_path_factory.mktemp("checkpoints")
-
-    @cache
-    def of(name: str, engine: str) -> Checkpoint:
-        path = made / f"{name}-{engine}"
-        checkpoints.write(name, path, engine)
-        return Checkpoint(path, checkpoints.reference(name, path))
-
-    return of
+    return cache(lambda name, engine: Checkpoint(name, made / f"{name}-{engine}", engine))
 
 
 @pytest.fixture(scope="session")
 def run_jobs(tmp_path_factory) -> Callable[..., dict[str, Outcome]]:
     """processes.run_jobs in a folder of its own."""
 
-    def run(
-        engine: str, jobs: list[Job], site: Path | None = None, timeout_s: float = 240
-    ) -> dict[str, Outcome]:
-        place = tmp_path_factory.mktemp(f"{engine}-jobs") / "run"
-        return processes.run_jobs(engine, jobs, place, site, timeout_s)
+    def run(engine: str, jobs: list[Job], site: Path | None = None) -> dict[str, Outcome]:
+        return processes.run_jobs(engine, jobs, tmp_path_factory.mktemp(f"{engine}-jobs"), site)
 
     return run
 

@@ -23,6 +23,8 @@ from environments import DEVICE, folder
 
 HERE = Path(__file__).parent
 SHOWN = 6000  # characters of a log
+# Of all jobs together; a GPU's kernels are compiled in them.
+JOBS_TIMEOUT_S = 240 if DEVICE == "cpu" else 1200
 
 
 class Job(NamedTuple):
@@ -48,15 +50,18 @@ def environment(engine: str, run: Path, site: Path | None) -> dict[str, str]:
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "XDG_"))}
     return keep | {
         "HOME": str(run),  # and with it all caches
+        "PATH": f"{folder(engine) / 'bin'}:{os.environ['PATH']}",  # ninja, for kernels of a GPU
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONSAFEPATH": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TORCH_COMPILE_DISABLE": str(int(DEVICE == "cpu")),  # takes longer than what it speeds up
         "SGLANG_USE_CPU_ENGINE": str(int(DEVICE == "cpu")),
+        "VLLM_CACHE_ROOT": str(folder(engine) / "cache"),  # what it found out of its own classes
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "fork" if DEVICE == "cpu" else "spawn",
     }
@@ -88,17 +93,14 @@ def started(
         process.wait()
 
 
-def run_jobs(
-    engine: str, jobs: list[Job], run: Path, site: Path | None, timeout_s: float
-) -> dict[str, Outcome]:
+def run_jobs(engine: str, jobs: list[Job], run: Path, site: Path | None) -> dict[str, Outcome]:
     """Each job's outcome by its name, one after the other."""
-    run.mkdir(parents=True)
     rest = {"prompts": PROMPTS, "top": TOP, "device": DEVICE, "dtype": DTYPE}
     described = [{**job._asdict(), "model": str(job.model), **rest} for job in jobs]
     (run / "jobs.json").write_text(json.dumps(described))
     with started(engine, [HERE / "run_jobs.py", engine, run], run, site) as (process, log):
         try:
-            process.wait(timeout_s)
+            process.wait(JOBS_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             pass  # what is done counts
     outcomes = {}
@@ -113,25 +115,35 @@ def run_jobs(
 
 @contextmanager
 def serving(
-    engine: str, arguments: list, run: Path, site: Path | None, timeout_s: float
+    engine: str,
+    arguments: list,
+    run: Path,
+    site: Path | None,
+    timeout_s: float,
+    ready: str = "/health",
 ) -> Iterator[str]:
-    """The address of a server that answers; it gets --host and --port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The address of a server that answers at `ready`; it gets --host and --port."""
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     asked = [*arguments, "--host", "127.0.0.1", "--port", port]
     with started(engine, asked, run, site) as (process, log):
         limit = time.monotonic() + timeout_s
         while True:
             try:
-                urllib.request.urlopen(f"{address}/health", timeout=20).close()
+                urllib.request.urlopen(address + ready, timeout=20).close()
                 break
             except OSError:
                 dead = process.poll() is not None
                 assert not dead and time.monotonic() < limit, log.read_text()[-SHOWN:]
                 time.sleep(0.5)
         yield address
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def post(address: str, body: dict) -> dict:

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
-from checkpoints import DTYPE, LABELS, PROMPTS, ROUNDED, ROUNDED_TOLERANCE, TOKENS, TOP, assert_same
+from checkpoints import DTYPE, LABELS, PROMPTS, TOKENS, obstacle
 from environments import DEVICE
-from processes import SHOWN, Job, post, serving
+from processes import SHOWN, Job, free_port, post, serving
 
 from slmperf.engine import Engine
 from slmperf.models import load
@@ -22,6 +22,7 @@ STOCK = [
     "uniform-fp8",
     "uniform-mixed",
     "decilm",
+    "decilm-w8a8",
 ]
 # Name of a job -> checkpoint, options.
 PRUNED = {
@@ -30,18 +31,26 @@ PRUNED = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "mixed": ("mixed", {}),
-    "our attention": ("llama", {"attention_backend": "slmperf"}),
-    "our attention, uneven": ("qwen3", {"attention_backend": "slmperf"}),
+    "stories": ("stories", {}),
     "our product": ("mixed-own", {"quantization": "slmperf"}),
     "two ranks": ("llama", {"tp_size": 2}),
     "two ranks, exported": ("exported", {"tp_size": 2}),
     "two ranks, mixed": ("mixed", {"tp_size": 2}),
 }
+# On a GPU with its graphs of decoding; qwen3 has query heads unevenly spread.
+BACKENDS = ["slmperf"] if DEVICE == "cpu" else ["slmperf", "fa3", "flashinfer", "triton"]
+PRUNED |= {
+    f"{backend}, {which}": (which, {"attention_backend": backend})
+    for backend in BACKENDS
+    for which in ("llama", "qwen3")
+}
+ODD = ["odd-w8a8", "odd-w4a16", "odd-fp8"]
 ONLY_LABELS = {"json_model_override_args": json.dumps({"label_token_ids": LABELS})}
 # Name of a job -> checkpoint, options, what the engine says when it stops.
 REFUSED = {
-    "window": ("mistral-window", {}, "sliding windows of 12 tokens"),
-    "ranks": ("qwen3", {"tp_size": 2}, "wanted 1 or 3"),
+    "window": ("mistral-window", {}, "sliding windows, which slmperf's plug-in has for vLLM alone"),
+    "ranks": ("qwen3", {"tp_size": 2}, "4 query heads over 3 key/value heads do not divide by 2"),
+    "version": ("other-version", {}, "format_version is 2"),
 }
 
 
@@ -72,7 +81,7 @@ print("from", plugin.__file__)
 def stock(run_jobs, checkpoint):
     jobs = []
     for name in STOCK:
-        trust = {"trust_remote_code": True} if name == "decilm" else {}
+        trust = {"trust_remote_code": True} if name.startswith("decilm") else {}
         jobs.append(Job(name, checkpoint(name, "sglang").folder, trust))
     return run_jobs("sglang", jobs)
 
@@ -81,34 +90,47 @@ def stock(run_jobs, checkpoint):
 def test_without_the_plugin(stock, checkpoint, name):
     outcome = stock[name]
     assert outcome.found is not None, outcome.log[-SHOWN:]
-    tolerance = {"tolerance": ROUNDED_TOLERANCE} if name in ROUNDED else {}
-    assert_same(outcome.found, checkpoint(name, "sglang").reference, **tolerance)
+    checkpoint(name, "sglang").assert_same(outcome.found)
 
 
 @pytest.fixture(scope="module")
 def pruned(run_jobs, checkpoint, site):
     jobs = [
         Job(name, checkpoint(which, "sglang").folder, options)
-        for name, (which, options) in PRUNED.items()
+        for name, (which, options, *_) in (PRUNED | REFUSED).items()
+        if obstacle(which, options) is None
     ]
+    jobs += [Job(name, checkpoint(name, "sglang").folder) for name in ODD]
     jobs.append(Job("labels", checkpoint("llama", "sglang").folder, ONLY_LABELS, new_tokens=1))
-    jobs += [
-        Job(name, checkpoint(which, "sglang").folder, options)
-        for name, (which, options, _) in REFUSED.items()
-    ]
     return run_jobs("sglang", jobs, site)
 
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_with_the_plugin(pruned, checkpoint, name):
-    outcome, (which, _) = pruned[name], PRUNED[name]
+    which, options = PRUNED[name]
+    if (reason := obstacle(which, options)) is not None:
+        pytest.skip(reason)
+    outcome = pruned[name]
     assert outcome.found is not None, outcome.log[-SHOWN:]
     assert "type=PrunedForCausalLM" in outcome.log
-    tolerance = {"tolerance": ROUNDED_TOLERANCE} if which in ROUNDED else {}
-    assert_same(outcome.found, checkpoint(which, "sglang").reference, **tolerance)
+    checkpoint(which, "sglang").assert_same(outcome.found)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes_through_the_engines_kernels(pruned, checkpoint, name, record_property):
+    """The results are right; a GPU's kernels may take no such size, which has to be said then."""
+    outcome = pruned[name]
+    record_property("served", outcome.found is not None)
+    if DEVICE == "cuda" and outcome.found is None:
+        assert "InputError" in outcome.log, outcome.log[-SHOWN:]
+        return
+    assert outcome.found is not None, outcome.log[-SHOWN:]
+    checkpoint(name, "sglang").assert_same(outcome.found)
 
 
 def test_two_ranks_say_what_one_says(pruned):
+    if (reason := obstacle(*PRUNED["two ranks"])) is not None:
+        pytest.skip(reason)
     one, two = pruned["llama"].found, pruned["two ranks"].found
     assert [prompt["tokens"] for prompt in one] == [prompt["tokens"] for prompt in two]
 
@@ -118,17 +140,20 @@ def test_a_head_of_labels_alone(pruned, checkpoint):
     outcome = pruned["labels"]
     assert outcome.found is not None, outcome.log[-SHOWN:]
     scores = our_scores(checkpoint("llama", "sglang").folder, [(p[:-2], [p[-2:]]) for p in PROMPTS])
+    limit = 1e-5 if DEVICE == "cpu" else 1e-2
     for found, (score,) in zip(outcome.found, scores, strict=True):
         logprobs = dict(found["top"])
-        assert math.exp(logprobs[LABELS[1]]) == pytest.approx(score, abs=1e-5)
-        assert math.exp(logprobs[LABELS[0]]) == pytest.approx(1 - score, abs=1e-5)
+        assert math.exp(logprobs[LABELS[1]]) == pytest.approx(score, abs=limit)
+        assert math.exp(logprobs[LABELS[0]]) == pytest.approx(1 - score, abs=limit)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason(pruned, name):
-    outcome = pruned[name]
-    assert outcome.found is None
-    assert f"InputError: {REFUSED[name][2]}" in outcome.log or REFUSED[name][2] in outcome.log
+    which, options, said = REFUSED[name]
+    if (reason := obstacle(which, options)) is not None:
+        pytest.skip(reason)
+    assert pruned[name].found is None
+    assert said in pruned[name].log
 
 
 def our_scores(folder: Path, prompts: list[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
@@ -138,25 +163,40 @@ def our_scores(folder: Path, prompts: list[tuple[list[int], list[list[int]]]]) -
 
 
 def test_scores_over_http(checkpoint, site, tmp_path):
-    """/v1/score of a per-layer model, cold and with the query cached, is our engine's score."""
-    folder, reference = checkpoint("llama", "sglang")
-    command = ["-m", "sglang.launch_server", "--model-path", folder, "--device", DEVICE]
+    """/v1/score of a per-layer model, cold and with the query cached, is our engine's score; so is
+    what comes through SGLang's router, which passes /generate on."""
+    model = checkpoint("llama", "sglang")
+    command = ["-m", "sglang.launch_server", "--model-path", model.folder, "--device", DEVICE]
     command += ["--dtype", DTYPE, "--skip-tokenizer-init", "--skip-server-warmup"]
     command += ["--context-length", 128, "--max-total-tokens", 2048, "--mem-fraction-static", 0.3]
     if DEVICE == "cpu":
         command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         command += ["--disable-overlap-schedule"]
     query, items = PROMPTS[2], [PROMPTS[0], PROMPTS[1], [9]]
-    (scores,) = our_scores(folder, [(query, items)])
+    (scores,) = our_scores(model.folder, [(query, items)])
+    limit = 1e-5 if DEVICE == "cpu" else 1e-2
     asked = {"query": query, "items": items, "label_token_ids": LABELS, "apply_softmax": True}
+    greedy = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     with serving("sglang", command, tmp_path / "server", site, 180) as address:
         for _ in ("cold", "hot"):
             answer = post(f"{address}/v1/score", asked | {"model": "default"})
-            limit = 1e-5 if DEVICE == "cpu" else 1e-2
             assert [yes for _, yes in answer["scores"]] == pytest.approx(scores, abs=limit)
-        greedy = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
-        body = {"input_ids": PROMPTS, "sampling_params": greedy, "return_logprob": True}
-        answers = post(f"{address}/generate", body | {"top_logprobs_num": TOP})
+        answers = post(f"{address}/generate", {"input_ids": PROMPTS, "sampling_params": greedy})
+        with router(address, tmp_path / "router") as before:
+            body = {"return_logprob": True, "logprob_start_len": -1, "token_ids_logprob": LABELS}
+            body["sampling_params"] = {"temperature": 0, "max_new_tokens": 0}
+            for item, wanted in zip(items, scores, strict=True):
+                found = post(f"{before}/generate", body | {"input_ids": query + item})
+                (no, *_), (yes, *_) = found["meta_info"]["output_token_ids_logprobs"][-1]
+                assert 1 / (1 + math.exp(no - yes)) == pytest.approx(wanted, abs=limit)
     if DEVICE == "cpu":
-        wanted = [one.tokens for one in reference]
-        assert [answer["output_ids"] for answer in answers] == wanted
+        tokens = [one.tokens for one in model.reference]
+        assert [answer["output_ids"] for answer in answers] == tokens
+
+
+def router(worker: str, run: Path):
+    """SGLang's router before a server, as `slmperf deploy` has it started."""
+    command = ["-m", "sglang_router.launch_router", "--worker-urls", worker]
+    command += ["--policy", "cache_aware"]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", free_port()]
+    return serving("sglang", command, run, None, 60, ready="/readiness")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from checkpoints import LABELS, PROMPTS, ROUNDED, ROUNDED_TOLERANCE, assert_same
+from checkpoints import LABELS, PROMPTS, obstacle
+from environments import DEVICE
 from processes import SHOWN, Job
 
 from slmperf.engine import Engine
@@ -19,6 +20,7 @@ STOCK = [
     "uniform-fp8",
     "uniform-mixed",
     "decilm",
+    "decilm-w8a8",
 ]
 # Name of a job -> checkpoint, options.
 PRUNED = {
@@ -28,11 +30,22 @@ PRUNED = {
     "qwen3": ("qwen3", {}),
     "mixed": ("mixed", {}),
     "fp8-cache": ("fp8-cache", {}),
+    "stories": ("stories", {}),
     "our product": ("mixed-own", {"quantization": "slmperf"}),
     "two ranks": ("exported", {"tensor_parallel_size": 2}),
 }
-# Name of a job -> checkpoint, options, what the engine says when it stops.
-REFUSED = {"ranks": ("qwen3", {"tensor_parallel_size": 2}, "wanted 1 or 3")}
+# On a GPU with its graphs of decoding; qwen3 has query heads unevenly spread. CUSTOM is ours.
+BACKENDS = ["CUSTOM"]
+if DEVICE == "cuda":
+    BACKENDS += ["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"]
+PRUNED |= {
+    f"{backend}, {which}": (which, {"attention_config": {"backend": backend}})
+    for backend in BACKENDS
+    for which in ("llama", "qwen3")
+}
+ODD = ["odd-w8a8", "odd-w4a16", "odd-fp8"]
+# Name of a job -> checkpoint, what the engine says when it stops.
+REFUSED = {"version": ("other-version", "format_version is 2")}
 
 
 def test_the_plugin_is_what_vllm_loads(in_environment, site):
@@ -59,7 +72,7 @@ print("from", plugin.__file__)
 def stock(run_jobs, checkpoint):
     jobs = []
     for name in STOCK:
-        trust = {"trust_remote_code": True} if name == "decilm" else {}
+        trust = {"trust_remote_code": True} if name.startswith("decilm") else {}
         jobs.append(Job(name, checkpoint(name, "vllm").folder, trust))
     return run_jobs("vllm", jobs)
 
@@ -68,8 +81,7 @@ def stock(run_jobs, checkpoint):
 def test_without_the_plugin(stock, checkpoint, name):
     outcome = stock[name]
     assert outcome.found is not None, outcome.log[-SHOWN:]
-    tolerance = {"tolerance": ROUNDED_TOLERANCE} if name in ROUNDED else {}
-    assert_same(outcome.found, checkpoint(name, "vllm").reference, **tolerance)
+    checkpoint(name, "vllm").assert_same(outcome.found)
 
 
 @pytest.fixture(scope="module")
@@ -77,21 +89,34 @@ def pruned(run_jobs, checkpoint, site):
     jobs = [
         Job(name, checkpoint(which, "vllm").folder, options)
         for name, (which, options) in PRUNED.items()
+        if obstacle(which, options) is None
     ]
+    jobs += [Job(name, checkpoint(name, "vllm").folder) for name in ODD]
+    jobs += [Job(name, checkpoint(which, "vllm").folder) for name, (which, _) in REFUSED.items()]
     jobs.append(Job("labels", checkpoint("labels", "vllm").folder, new_tokens=1))
-    jobs += [
-        Job(name, checkpoint(which, "vllm").folder, options)
-        for name, (which, options, _) in REFUSED.items()
-    ]
     return run_jobs("vllm", jobs, site)
 
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_with_the_plugin(pruned, checkpoint, name):
-    outcome, (which, _) = pruned[name], PRUNED[name]
+    which, options = PRUNED[name]
+    if (reason := obstacle(which, options)) is not None:
+        pytest.skip(reason)
+    outcome = pruned[name]
     assert outcome.found is not None, outcome.log[-SHOWN:]
-    tolerance = {"tolerance": ROUNDED_TOLERANCE} if which in ROUNDED else {}
-    assert_same(outcome.found, checkpoint(which, "vllm").reference, **tolerance)
+    checkpoint(which, "vllm").assert_same(outcome.found)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes_through_the_engines_kernels(pruned, checkpoint, name, record_property):
+    """The results are right; a GPU's kernels may take no such size, which has to be said then."""
+    outcome = pruned[name]
+    record_property("served", outcome.found is not None)
+    if DEVICE == "cuda" and outcome.found is None:
+        assert "InputError" in outcome.log, outcome.log[-SHOWN:]
+        return
+    assert outcome.found is not None, outcome.log[-SHOWN:]
+    checkpoint(name, "vllm").assert_same(outcome.found)
 
 
 def test_a_head_of_labels_alone(pruned, checkpoint):
@@ -99,15 +124,15 @@ def test_a_head_of_labels_alone(pruned, checkpoint):
     outcome = pruned["labels"]
     assert outcome.found is not None, outcome.log[-SHOWN:]
     engine = Engine(load(checkpoint("labels", "vllm").folder), (LABELS[0], LABELS[1]))
+    limit = 1e-5 if DEVICE == "cpu" else 1e-2
     for prompt, found in zip(PROMPTS, outcome.found, strict=True):
         (score,) = engine.score(engine.open(prompt[:-2]), [prompt[-2:]])
         logprobs = dict(found["top"])
-        assert math.exp(logprobs[LABELS[1]]) == pytest.approx(score, abs=1e-5)
-        assert math.exp(logprobs[LABELS[0]]) == pytest.approx(1 - score, abs=1e-5)
+        assert math.exp(logprobs[LABELS[1]]) == pytest.approx(score, abs=limit)
+        assert math.exp(logprobs[LABELS[0]]) == pytest.approx(1 - score, abs=limit)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason(pruned, name):
-    outcome = pruned[name]
-    assert outcome.found is None
-    assert REFUSED[name][2] in outcome.log
+    assert pruned[name].found is None
+    assert REFUSED[name][1] in pruned[name].log

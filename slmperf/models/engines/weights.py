@@ -85,8 +85,9 @@ def _with_heads(
     if extent == 1:  # one value for all heads; a bias of the outputs
         return tensor
     if extent % heads:
+        what = "columns" if dim else "rows"
         raise InputError(
-            f"{name} has {extent} {'columns' if dim else 'rows'} for {heads} heads, which cannot be moved one by one; "
+            f"{name} has {extent} {what} for {heads} heads, which cannot be moved one by one; "
             "wanted heads in the order of the ranks before quantising (slmperf export)"
         )
     # Bytes: not every operation knows float8.
