@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from slmperf.check import InputError
-from slmperf.models.engines.facts import ENGINES, UNITS, Engine, Facts, facts_of
+from slmperf.models.engines.facts import ENGINES, Engine, Facts, facts_of
 from slmperf.models.engines.rules import NAMES
 from slmperf.models.engines.support import as_decilm, as_pruned, neuron_multiple, reasons
 from slmperf.models.formats.compressed_tensors import quantization_config
 from slmperf.models.quantized import LinearScheme
-from slmperf.models.structure import layer_name
+from slmperf.models.structure import UNITS, layer_name
 from slmperf.ops.activation_spec import ActivationSpec
 from slmperf.ops.weight_spec import Fp8, Int4, Int8
 
@@ -33,6 +33,7 @@ BASE: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
+    "vocab_size": 128256,
     "hidden_act": "silu",
     "max_position_embeddings": 131072,
     "dtype": "bfloat16",

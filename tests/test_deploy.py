@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +17,15 @@ from deployments import (
     SMALL,
     deployment,
     folder,
+    options_of,
     quantised,
 )
 
 from slmperf import models
+from slmperf.check import InputError
 from slmperf.plan.search import plan
 from slmperf.serve.deploy.checkpoint import read_checkpoint
+from slmperf.serve.deploy.lines import serve_line
 from slmperf.serve.deploy.sizing import Refused, Wanted, size
 
 # ---- sizes
@@ -41,11 +45,11 @@ def test_a_checkpoint_alike_in_all_layers_is_what_the_planner_says(tmp_path):
     sized = made.sized
     assert (sized.cold, sized.hot) == (asked.ttft_cold_ms, asked.ttft_hot_ms)
     assert sized.cold.extrapolates == asked.ttft_cold_ms.extrapolates
-    assert sized.kv_bytes_per_token == asked.kv_bytes_per_token
+    assert sized.cache.bytes_per_token == asked.kv_bytes_per_token
     # Norms, which are not counted, are some hundred kilobytes.
     assert sized.weight_bytes * 4 == pytest.approx(asked.weight_bytes, rel=1e-3)
     assert sized.cached_tokens // 16384 == asked.members
-    assert not sized.plugin and sized.wasted_share == 0
+    assert not sized.plugin and sized.cache.wasted == 0
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
@@ -63,13 +67,13 @@ def test_layers_that_differ_are_summed(tmp_path, engine):
     assert not tied and read.weight_bytes(1) == 2 * sum(value.numel() for value in matrices)
     size_of_head = 4
     each = 2 * 2 * size_of_head  # keys and values of two bytes
-    assert read.kv_bytes_per_token("vllm", 1) == each * (4 + 2)
-    assert read.kv_bytes_per_token("sglang", 1) == each * (4 + 4)
-    assert read.wasted_share("sglang", 1) == pytest.approx(0.25)
+    assert read.facts.cache(1).of("vllm").bytes_per_token == each * (4 + 2)
+    assert read.facts.cache(1).of("sglang").bytes_per_token == each * (4 + 4)
+    assert read.facts.cache(1).of("sglang").wasted == pytest.approx(0.25)
 
     made = deployment(tmp_path / "large", PER_LAYER, engine=engine, tp=2)
     assert made.sized.plugin
-    assert made.sized.wasted_share == pytest.approx(0.25 if engine == "sglang" else 0)
+    assert made.sized.cache.wasted == pytest.approx(0.25 if engine == "sglang" else 0)
     kinds = {key: PER_LAYER["per_layer_config"][key] for key in ("0", "1")}
     times = []
     for sizes in kinds.values():
@@ -89,9 +93,9 @@ def test_schemes_of_weights_and_cache(tmp_path):
     mixed = quantised("w4a16", down="fp8", kv_cache=True)
     read = read_checkpoint(folder(tmp_path / "mixed", mixed))
     assert read.schemes == ["w4a16", "fp8"]
-    assert read.kv_bytes_per_token("vllm", 1) == LAYERS * 2 * 4 * 128
+    assert read.facts.cache(1).of("vllm").bytes_per_token == LAYERS * 2 * 4 * 128
     # Eight ranks repeat the four heads: every token takes twice the room in all of them.
-    assert read.kv_bytes_per_token("vllm", 8) == 2 * LAYERS * 2 * 4 * 128
+    assert read.facts.cache(8).of("vllm").bytes_per_token == 2 * LAYERS * 2 * 4 * 128
 
 
 @pytest.mark.parametrize("hot_share", [0.0, 0.6])
@@ -134,6 +138,8 @@ BAD = {
     "engine": (["--engine", "trt"], "trt"),
     "tp": (["--tp", 3], "by 3 ranks (and 1 more); wanted 1, 2 or 4 tensor-parallel ranks"),
     "tp 0": (["--tp", 0], "ranks is 0, wanted at least 1"),
+    "tp 16": (["--tp", 16], "--tp: wanted at most the 8 GPUs of a machine, found 16"),
+    "method": (["--quantization", "awq"], "awq"),
     "too fast": (
         ["--target-ttft-ms", 90],
         "found no way to serve it: tp 1: 241 ms on an idle replica; tp 2: 194 ms",
@@ -175,8 +181,9 @@ def test_checkpoints_that_are_none(slmperf, tmp_path):
     experts = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
     refused(SMALL | experts | {"num_local_experts": 8}, "wanted a dense model, found a mixture")
     refused(PER_LAYER | {"format_version": 2}, "format_version is 2")
-    refused(PER_LAYER | {"vocab_size": None}, "vocab_size is None, wanted a number")
+    refused(PER_LAYER | {"vocab_size": None}, "vocab_size is None, wanted a whole number")
     refused(PER_LAYER, "do not divide by 3 ranks", "--tp", 3)
+    refused(SMALL, "is not quantised, wanted no --quantization", "--quantization", "slmperf")
     replace(H100, device_memory_gb=math.inf).save(tmp_path / "endless.json")
     refused(FP8, "wanted device_memory_gb", "--gpu", tmp_path / "endless.json")
     full = tmp_path / "full"
@@ -184,6 +191,39 @@ def test_checkpoints_that_are_none(slmperf, tmp_path):
     (full / "mine").write_text("")
     refused(FP8, "wanted a new or empty folder", "--write", full)
     assert (full / "mine").exists()
+
+
+# ---- quantised layers of sizes that the engine has no kernel for
+
+
+def test_the_plugins_own_quantisation(slmperf, tmp_path):
+    """It is what refusals advise, is asked for in the command lines, and counts as bf16 does."""
+    odd = quantised("w8a8") | {"intermediate_size": 5128}
+    path = folder(tmp_path / "odd", odd)
+    code, _, err = slmperf("deploy", path, "--engine", "sglang", "--tp", 1)
+    assert code == 2 and "--quantization slmperf with the plug-in" in err
+    wide = deployment(tmp_path / "wide", SMALL | {"intermediate_size": 5128}, tp=1)
+    for engine in ("sglang", "vllm"):
+        made = deployment(path, odd, engine=engine, tp=1, quantization="slmperf")
+        assert made.sized.plugin and made.sized.cold == pytest.approx(wide.sized.cold)
+        assert made.sized.weight_bytes < wide.sized.weight_bytes
+        assert options_of(serve_line(made, "/m", "h", 1))["--quantization"] == ["slmperf"]
+    assert "--quantization" not in options_of(serve_line(wide, "/m", "h", 1))
+    asked = ("--engine", "sglang", "--quantization", "slmperf", "--tp", 1)
+    code, out, _ = slmperf("deploy", path, *asked, "--write", tmp_path / "out")
+    assert code == 0 and "counted at the rate of bf16, than which it is no faster" in out
+    assert "slmperf has to be installed" in out
+    for file in ("serve.sh", "kubernetes.yaml"):
+        text = (tmp_path / "out" / file).read_text()
+        assert re.search(r"--quantization\W+slmperf", text), text
+
+
+def test_a_replica_fits_on_a_machine(tmp_path):
+    """One of more GPUs than a machine has would have no pod."""
+    wide = SMALL | {"num_attention_heads": 16, "num_key_value_heads": 16}
+    read = read_checkpoint(folder(tmp_path, wide))
+    with pytest.raises(InputError, match="--tp: wanted at most the 8 GPUs"):
+        size(read, H100, Wanted("sglang", 16384), 16)
 
 
 # ---- the command

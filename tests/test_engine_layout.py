@@ -13,12 +13,12 @@ from torch import nn
 from slmperf.check import InputError
 from slmperf.models.engines import flat, linear
 from slmperf.models.engines.layout import over_ranks, place, possible_ranks, queries_of, spread
-from slmperf.models.formats.compressed_tensors import quantization_config
+from slmperf.models.formats.compressed_tensors import StoredLinear, quantization_config
 from slmperf.models.layer_sizes import FORMAT_VERSION, layer_sizes
 from slmperf.models.quantized import LinearScheme, QuantizedLinear
 from slmperf.ops.activation_spec import ActivationSpec
 from slmperf.ops.head_map import HeadMap
-from slmperf.ops.weight_spec import Fp8, Int4, WeightSpec
+from slmperf.ops.weight_spec import Fp8, Int4, Int8, WeightSpec
 
 COUNTS = st.lists(st.integers(1, 5), min_size=1, max_size=12).map(lambda x: HeadMap(tuple(x)))
 
@@ -70,6 +70,23 @@ def test_twelve_over_eight_on_four_ranks() -> None:
     with pytest.raises(InputError, match="wanted 1, 2, 4 or 8$"):
         over_ranks(heads, 3)
     assert possible_ranks(HeadMap((3, 3))) == [1, 2, 6]
+    with pytest.raises(InputError, match="ranks is 0, wanted at least 1"):
+        over_ranks(heads, 0)
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(1, 8), st.integers(0, 3))
+def test_ranks_together_have_all_heads(heads: HeadMap, ranks: int, more: int) -> None:
+    if heads.kv_heads % ranks:
+        return
+    found = over_ranks(heads, ranks)
+    layout, _ = found
+    each = [found.of_rank(rank, heads.kv_heads // ranks + more) for rank in range(ranks)]
+    queries = [query for one in each for query in one.real]
+    assert queries == [query is not None for query in layout.query_heads]
+    for one in each:
+        assert len(one.taken) == found.group * (heads.kv_heads // ranks + more)
+        assert [one.taken[place_] for place_ in one.kept] == list(range(one.heads.query_heads))
 
 
 def test_placing_moves_whole_heads() -> None:
@@ -101,6 +118,8 @@ FIELDS = {
 def test_flat_configuration_holds_every_layer() -> None:
     config = flat.FlatConfig.from_dict(FIELDS)
     assert (config.num_key_value_heads, config.num_attention_heads) == (4, 12)
+    implied = flat.FlatConfig.from_dict({k: v for k, v in FIELDS.items() if k != "head_dim"})
+    assert implied.head_dim == 64 // 6  # of the model's own heads, not of the 12
     assert config.num_attention_heads_per_layer == [8, 8, 12]
     assert config.intermediate_size == 48
     found = flat.flat_layer_sizes(config)
@@ -156,7 +175,13 @@ SCHEMES = {
     "w4a16": LinearScheme(WeightSpec("int", 4, True, 32)),
     "w4a16-channel": LinearScheme(Int4(group_size=-1)),
     "w4a16-zeros": LinearScheme(WeightSpec("int", 4, False, 32)),
+    "w4a16-channel-zeros": LinearScheme(Int4(group_size=-1, symmetric=False)),
+    "w4a16-tensor": LinearScheme(Int4(group_size=None)),
+    "w4a16-tensor-zeros": LinearScheme(Int4(group_size=None, symmetric=False)),
+    "w8a16": LinearScheme(Int8()),
     "w8a8": LinearScheme(WeightSpec("int", 8, True, -1), ActivationSpec("int", "token")),
+    "w8a8-zeros": LinearScheme(Int8(symmetric=False), ActivationSpec("int", "token")),
+    "w4a8": LinearScheme(WeightSpec("int", 4, True, 32), ActivationSpec("int", "token")),
     "fp8": LinearScheme(Fp8(), ActivationSpec("float", "token")),
     "fp8-static": LinearScheme(Fp8(), ActivationSpec("float", "tensor")),
     "fp8-block": LinearScheme(Fp8(block=(16, 16)), ActivationSpec("float", "group")),
@@ -164,8 +189,13 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+def method(scheme: LinearScheme, packed: bool | None = None) -> Method:
+    return Method(StoredLinear(scheme, scheme.packed if packed is None else packed), "here")
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "w8a16 in bytes"])
 def test_loaded_layers_compute_what_the_checkpoint_says(name: str) -> None:
+    name, _, in_bytes = name.partition(" ")
     scheme, generator = SCHEMES[name], torch.Generator().manual_seed(0)
     parts, inputs = [48, 32, 16], 128
 
@@ -180,10 +210,12 @@ def test_loaded_layers_compute_what_the_checkpoint_says(name: str) -> None:
         )
 
     sources = [quantized(part) for part in parts]
-    layer, method = nn.Module(), Method(scheme)
-    method.create_weights(layer, inputs, parts, inputs, sum(parts), torch.float32)
+    layer, own = nn.Module(), method(scheme, scheme.packed and not in_bytes)
+    own.create_weights(layer, inputs, parts, inputs, sum(parts), torch.float32)
+    assert layer.weight_block_size == scheme.weights.block  # for vLLM's loader
     for key, parameter in dict(layer.named_parameters()).items():
-        stored = [source.state_dict()[key] for source in sources]
+        tensors = ({"weight": source.codes} | source.state_dict() for source in sources)
+        stored = [one[key] for one in tensors]
         if key == "weight_shape":
             assert parameter.shape == stored[0].shape
             continue
@@ -191,16 +223,35 @@ def test_loaded_layers_compute_what_the_checkpoint_says(name: str) -> None:
         joined = torch.cat(stored)
         assert parameter.shape == joined.shape and parameter.dtype == joined.dtype, key
         parameter.data.copy_(joined)
-    method.process_weights_after_loading(layer)
+    own.process_weights_after_loading(layer)
     assert not dict(layer.named_parameters()), "the engine's tensors are still held"
     x, bias = torch.randn(5, inputs, generator=generator), torch.randn(sum(parts))
     wanted = torch.cat([source(x) for source in sources], dim=-1) + bias
-    torch.testing.assert_close(method.apply(layer, x, bias), wanted)
+    torch.testing.assert_close(own.apply(layer, x, bias), wanted)
 
 
-def test_groups_parted_between_ranks_are_refused() -> None:
-    with pytest.raises(InputError, match="48 inputs on a rank, wanted a multiple of 32"):
-        Method(SCHEMES["w4a16"]).create_weights(nn.Module(), 48, [8], 96, 8, torch.float32)
+@pytest.mark.parametrize(
+    "scheme,inputs,outputs,message",
+    [
+        (SCHEMES["w4a16"], 48, [8], "48 inputs per rank, wanted whole groups of 32"),
+        (SCHEMES["w4a16"], 64, [8, 6], None),
+        (SCHEMES["w4a16-zeros"], 64, [8, 6], "wanted whole words of 8 zero points"),
+        (SCHEMES["w4a16-channel"], 44, [8], "44 inputs per rank, wanted whole words of 8 codes"),
+        (LinearScheme(WeightSpec("int", 3, True, 32)), 64, [8], "codes of 3 bits, wanted 2, 4"),
+        (SCHEMES["fp8-block"], 120, [16], "120 inputs per rank, wanted whole groups of 16"),
+        (SCHEMES["fp8-block"], 64, [16], "64 inputs per rank, of which 128 share a scale"),
+        (SCHEMES["fp8-block"], 128, [16, 8], "8 outputs per rank, wanted whole blocks of 16"),
+    ],
+)
+def test_what_the_product_refuses_the_rules_refuse(
+    scheme: LinearScheme, inputs: int, outputs: list[int], message: str | None
+) -> None:
+    sizes = inputs, outputs, inputs, sum(outputs)
+    if message is None:
+        method(scheme).create_weights(nn.Module(), *sizes, torch.float32)
+        return
+    with pytest.raises(InputError, match=f"^here: .*{message}"):
+        method(scheme).create_weights(nn.Module(), *sizes, torch.float32)
 
 
 def test_fused_layers_have_the_scheme_of_their_parts() -> None:
@@ -211,6 +262,12 @@ def test_fused_layers_have_the_scheme_of_their_parts() -> None:
         kv_cache=False,
     )
     attention = "model.layers.0.self_attn"
-    assert linear.scheme_of(fields, f"{attention}.qkv_proj") == SCHEMES["w4a16"]
-    assert linear.scheme_of(fields, f"{attention}.o_proj") == SCHEMES["w8a8"]
-    assert linear.scheme_of(fields, "lm_head") is None
+    found = {
+        one: linear.stored_linear(fields, f"{attention}.{one}") for one in ("qkv_proj", "o_proj")
+    }
+    assert found["qkv_proj"] == StoredLinear(SCHEMES["w4a16"], packed=True)
+    assert found["o_proj"] == StoredLinear(SCHEMES["w8a8"], packed=False)
+    assert linear.stored_linear(fields, "lm_head") is None
+    fields["ignore"].append(names[1])
+    with pytest.raises(InputError, match="qkv_proj: its parts are quantised in different ways"):
+        linear.stored_linear(fields, f"{attention}.qkv_proj")

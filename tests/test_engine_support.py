@@ -19,10 +19,13 @@ from slmperf.models.engines.facts import ENGINES, facts_of
 from slmperf.models.engines.support import (
     as_decilm,
     check_served,
+    nearest,
     neuron_multiple,
     reasons,
     served_ranks,
 )
+from slmperf.models.quantized import LinearScheme
+from slmperf.ops.weight_spec import WeightSpec
 
 
 def of(name: str, **changed: Any) -> dict[str, Any]:
@@ -126,6 +129,47 @@ def test_quantised_layers_over_ranks_and_kernels() -> None:
     assert reasons(odd, **own) == [] and reasons(eight, dtype="float32", **own) == []
 
 
+def test_the_plugins_own_product_is_not_for_everything() -> None:
+    """`linear.QuantizedMethod` refuses the same (tests/test_engine_layout.py)."""
+    own: dict[str, Any] = {"engine": "vllm", "plugin": True, "quantization": "slmperf"}
+    three = fields_of_scheme(LinearScheme(WeightSpec("int", 3, True, 32)), 1024)
+    line = refused(three, **own)
+    assert "qkv_proj: codes of 3 bits, wanted 2, 4 or 8" in line
+    assert "--quantization slmperf" not in line and "multiples of" not in line
+    blocks = fields_of_scheme(SCHEMES["FP8 blocks"], 1024)
+    assert reasons(blocks, **own) == []
+    wide = blocks | {"hidden_size": 4160}
+    assert reasons(wide, engine="vllm") == []
+    assert "qkv_proj: 4160 inputs per rank, wanted whole groups of 128" in refused(wide, **own)
+    odd = fields_of_scheme(SCHEMES["FP8 blocks"], 1088)
+    assert "down_proj: 1088 inputs per rank, wanted whole" in reasons(odd, **own)[-2]
+    assert "multiples of 128, to which" in refused(odd, **own)
+
+
+def test_the_plugins_own_product_wants_smaller_multiples() -> None:
+    facts = facts_of(fields_of_scheme(SCHEMES["W4A16, groups of 32"], 288))
+    how: dict[str, Any] = {"engine": "sglang", "plugin": True, "ranks": 4, "device": "cuda"}
+    assert neuron_multiple(facts, **how) == 256
+    assert neuron_multiple(facts, **how, quantization="slmperf") == 128
+    found = nearest(facts, **how, quantization="slmperf")
+    assert "neurons in multiples of 128, to which `slmperf export --pad` fills them up" in found
+    assert not any("--quantization" in one for one in found)
+    # At 3 ranks the heads do not divide, whichever product it is.
+    assert served_ranks(facts, engine="sglang", plugin=True, quantization="slmperf") == [1]
+    assert served_ranks(facts, engine="sglang", plugin=True) == []
+
+
+def test_heads_that_vllm_does_not_find_even() -> None:
+    """Each layer divides by 6 ranks, but no number of heads that vLLM reads as the model's does."""
+    own = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    fields = BASE | layers({"num_key_value_heads": 3}, own, own, own)
+    fields |= {"num_attention_heads": 6, "intermediate_size": 96}
+    line = refused(fields, ranks=6, plugin=True)
+    assert "9 query heads, into which all layers fit, do not divide by 6 ranks" in line
+    assert "wanted 1 rank" in line
+    assert reasons(fields, engine="sglang", ranks=6, plugin=True, device="cpu") == []
+
+
 def test_heads_that_share_scales_are_not_parted() -> None:
     uneven = [{"head_map": [2, 2, 1, 1], "num_attention_heads": 6}] * 4
     small = {"head_dim": 64, "num_key_value_heads": 4}
@@ -149,13 +193,13 @@ def test_heads_that_share_scales_are_not_parted() -> None:
             "quant_method 'awq', wanted 'compressed",
         ),
         ({"block_configs": [{"ffn": {}}]}, "block_configs.0. wants attention and ffn"),
+        ({"model_type": "gpt2"}, "models of type 'gpt2' are not known, only llama"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         reasons(BASE | changed, engine="vllm")
     assert "\n" not in str(caught.value)
-    assert refused(BASE | {"model_type": "gpt2"}).endswith("another engine, or Transformers")
     for wrong in ({"engine": "tgi"}, {"engine": "vllm", "ranks": 0}):
         with pytest.raises(InputError, match="wanted"):
             reasons(BASE, **wrong)

@@ -11,9 +11,11 @@ from transformers import PretrainedConfig
 
 from slmperf.check import InputError
 from slmperf.models.engines.decoder import decoder_of
+from slmperf.models.engines.facts import ENGINES
 from slmperf.models.engines.flat import FlatConfig
 from slmperf.models.engines.labels import NEVER, LabelHead
 from slmperf.models.engines.layout import RankLayout, over_ranks, place
+from slmperf.models.engines.support import check_served
 from slmperf.models.engines.weights import placed, sources
 from slmperf.models.layer_sizes import LayerSizes
 from slmperf.models.quantized import QuantizedLinear
@@ -111,6 +113,15 @@ def test_quantised_heads_are_moved_whole(scheme: str) -> None:
         assert found.isfinite().all()
 
 
+def test_a_layer_that_the_model_has_not_is_refused() -> None:
+    name, layouts = "model.layers.1.input_layernorm.weight", [over_ranks(HEADS, 1)]
+    stored = [(name, torch.ones(WIDTH))]
+    with pytest.raises(InputError, match=f"{name}: wanted layers 0 to 0"):
+        list(
+            placed(stored, [LayerSizes(NEURONS, HEADS)], layouts, hidden_size=WIDTH, head_size=SIZE)
+        )
+
+
 def test_scales_of_several_heads_are_refused() -> None:
     layers = {name: rounded(layer, SCHEMES["w8a8"]) for name, layer in linears().items()}
     layers["q_proj"].weight_scale = layers["q_proj"].weight_scale[::16]  # two heads to a block
@@ -201,17 +212,28 @@ def test_a_decoder_has_what_transformers_builds(family: str, fields: dict) -> No
 @pytest.mark.parametrize(
     "changes,ranks,message",
     [
-        ({"base_model_type": "mixtral"}, 1, "base_model_type is 'mixtral', wanted one of llama"),
-        ({"hidden_act": "gelu"}, 1, "hidden_act is 'gelu', wanted 'silu'"),
-        ({"intermediate_size": 13}, 2, "layer 0: 13 neurons do not divide by 2 tensor-parallel"),
-        ({"intermediate_size": 15}, 3, "layer 0: 4 query heads over 2 .*, wanted 1, 2 or 4$"),
+        ({"base_model_type": "mixtral"}, 1, "has no mixtures of experts"),
+        ({"hidden_act": "gelu"}, 1, "hidden_act is 'gelu'"),
+        ({"intermediate_size": 13}, 2, "13 neurons do not divide by 2 ranks"),
+        ({"intermediate_size": 15}, 3, "4 query heads over 2 .* do not divide by 3 ranks"),
     ],
 )
-def test_what_the_plugins_do_not_build(changes: dict, ranks: int, message: str) -> None:
+def test_the_rules_refuse_what_the_plugins_do_not_build(
+    changes: dict, ranks: int, message: str
+) -> None:
+    """Of the configuration that the plug-ins have, by the check that they make."""
     fields = {"model_type": "slmperf_pruned", "base_model_type": "llama", "hidden_act": "silu"}
     config = FlatConfig.from_dict(SIZES | fields | changes)
-    with pytest.raises(InputError, match=message):
-        decoder_of(config, ranks)
+    for engine in ENGINES:
+        with pytest.raises(InputError, match=message):
+            check_served("here", config.to_dict(), engine=engine, ranks=ranks, plugin=True)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_no_decoder_is_made_up_for_another_family(family: str) -> None:
+    fields = {"model_type": "slmperf_pruned", "base_model_type": family, "hidden_act": "silu"}
+    with pytest.raises(KeyError, match=family):
+        decoder_of(FlatConfig.from_dict(SIZES | fields), 1)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from small_quantized import SCHEMES, quantized
 from test_shrink import logits, made
 
@@ -26,6 +27,7 @@ from slmperf.models.quantized import LinearScheme
 from slmperf.models.structure import heads_of, sizes_of
 from slmperf.ops.head_map import HeadMap
 from slmperf.ops.weight_spec import Int4
+from slmperf.serve.export import summary
 
 # What vLLM 0.33 and SGLang 0.5.23 read of a DeciLM configuration, by attribute, in a process that
 # does not know slmperf.
@@ -228,7 +230,8 @@ def test_the_plugin_gets_heads_in_the_order_of_the_ranks(tmp_path: Path) -> None
     queries = [[0, 1, 2, 3, 4, 6], list(range(8)), [0, 1, 2, 3, 4, 6]]
     model = shrink(made("qwen3"), query_heads=queries, mlp=[range(24), range(40), range(8)])
     told = export_for_engine(model, None, tmp_path / "two", engine="sglang", ranks=2, device="cpu")
-    assert (told.written, told.plugin, told.moved, told.wasted) == ("PrunedForCausalLM", True, 2, 0)
+    assert (told.written, told.plugin, told.moved) == ("PrunedForCausalLM", True, 2)
+    assert told.cache.wasted == 0
     again = load(tmp_path / "two")
     assert [heads_of(block).counts for block in again.model.layers][0] == (2, 1, 2, 1)
     assert sizes_of(again) == sizes_of(model)
@@ -239,9 +242,9 @@ def test_the_plugin_gets_heads_in_the_order_of_the_ranks(tmp_path: Path) -> None
 
     fewer = shrink(made("llama"), kv_groups=[[0, 2], [0, 1, 2, 3], [1]])
     told = export_for_engine(fewer, None, tmp_path / "pool", engine="sglang")
-    assert told.wasted == pytest.approx(5 / 12) and told.kv_bytes_per_token == 3 * 2 * 4 * 6 * 4
+    assert told.cache == (3 * 2 * 4 * 6 * 4, pytest.approx(5 / 12))
     told = export_for_engine(fewer, None, tmp_path / "pool", engine="vllm")
-    assert told.wasted == 0 and told.kv_bytes_per_token == 7 * 2 * 6 * 4
+    assert told.cache == (7 * 2 * 6 * 4, 0)
 
 
 def test_what_no_form_serves_is_refused(tmp_path: Path) -> None:
@@ -263,6 +266,8 @@ def test_what_no_form_serves_is_refused(tmp_path: Path) -> None:
     refused("biases in the MLP", biased, engine="sglang")
     refused("engine is 'tgi', wanted 'sglang' or 'vllm'", made("llama"), engine="tgi")
     refused("ranks is 0", made("llama"), ranks=0)
+    refused("ranks is 0", irregular("llama"), ranks=0)
+    refused("ranks is -1", irregular("llama"), ranks=-1)
     refused("hidden_act is 'gelu'", made("llama", hidden_act="gelu"))
     refused("do not divide by 3 ranks.*; wanted 1, 2, 4 or 8 tensor", made("llama"), ranks=3)
     refused("label_token_ids are read by slmperf's", made("llama"), labels=[3], **stock)
@@ -282,7 +287,69 @@ def test_a_checkpoint_whose_layers_are_not_said_is_refused(tmp_path: Path) -> No
     path.write_text(json.dumps(fields | {"format_version": 2}))
     with pytest.raises(InputError, match="format_version is 2, this slmperf reads 1"):
         export_for_engine(tmp_path / "whole", None, tmp_path / "no", engine="vllm")
+    for changed, message in (
+        ({"num_hidden_layers": 2, "per_layer_config": None}, "have 3 layers, config.json says 2"),
+        ({"hidden_size": 96}, "model.norm has 48 channels, config.json says hidden_size 96"),
+        ({"hidden_size": None}, "config.json: hidden_size is None, wanted a whole number"),
+        (
+            {"per_layer_config": {"a": {}}},
+            "per_layer_config\\['a'\\] is {}, wanted a layer's number",
+        ),
+        ({"per_layer_config": {"1": 5}}, "per_layer_config\\['1'\\] is 5, wanted a layer's number"),
+        ({"per_layer_config": [{}]}, "per_layer_config is a list, wanted layers by number"),
+        ({"label_token_ids": 5}, "label_token_ids is 5, wanted a list"),
+        ({"label_token_ids": []}, "label_token_ids is .., wanted a list"),
+    ):
+        path.write_text(json.dumps(fields | changed))
+        with pytest.raises(InputError, match=message) as caught:
+            export_for_engine(tmp_path / "whole", None, tmp_path / "no", engine="vllm")
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
+    with pytest.raises(InputError, match="models of type 'gpt2' are not known, only llama"):
+        export_for_engine(tmp_path / "whole", None, tmp_path / "no", engine="vllm")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_values_stay_what_they_are_stored_as(
+    tmp_path: Path, dtype: torch.dtype, key: str | None
+) -> None:
+    """By the files, whatever config.json calls it, if anything."""
+    model = made("llama").to(dtype)
+    save(model, None, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    fields = json.loads(path.read_text())
+    name = fields.pop("dtype")
+    path.write_text(json.dumps(fields | ({} if key is None else {key: name})))
+    told = export_for_engine(tmp_path / "model", None, tmp_path / "out", engine="vllm")
+    assert told.cache.bytes_per_token == 3 * 2 * 4 * 6 * dtype.itemsize
+    again = load(tmp_path / "out", dtype=dtype).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("model.embed_tokens.weight").dtype == dtype
+
+
+def test_the_plugins_own_quantisation_is_told(tmp_path: Path) -> None:
+    """What only it serves is said to need it; --pad fills up for it, not for kernels."""
+    how = {"engine": "sglang", "ranks": 2}
+    model = quantized(shrink(made("llama", hidden_size=64), mlp=[range(24)] * 3), SCHEMES["w4a16"])
+    with pytest.raises(InputError, match="wanted another engine"):
+        export_for_engine(model, None, tmp_path / "no", **how)
+    own = how | {"quantization": "slmperf", "pad": True}
+    told = export_for_engine(model, None, tmp_path / "own", **own)
+    assert (told.written, told.plugin) == ("LlamaForCausalLM", True)
+    assert told.quantization == "slmperf" and told.neurons == 3 * 8  # groups of 8, two ranks
+    (first, *_) = summary(told)
+    assert first.endswith(
+        "slmperf installed beside the engine, started with --quantization slmperf"
+    )
+    assert "LlamaForCausalLM for 2 ranks: " in first
+    with pytest.raises(InputError, match="wanted slmperf with the plug-in, found .* without it"):
+        export_for_engine(model, None, tmp_path / "no", **own, plugin=False)
+    told = export_for_engine(made("llama"), None, tmp_path / "plain", engine="vllm")
+    assert summary(told)[0] == "LlamaForCausalLM for 1 rank: no plug-in"
 
 
 # ---- heads over ranks

@@ -36,8 +36,8 @@ def layer_sizes(fields: Mapping[str, Any]) -> list[LayerSizes]:
         raise InputError(
             f"config.json: format_version is {version!r}, this slmperf reads {FORMAT_VERSION}"
         )
-    count = _size("config.json", fields, "num_hidden_layers")
-    own = {int(index): layer for index, layer in (fields.get("per_layer_config") or {}).items()}
+    count = read_size("config.json", fields, "num_hidden_layers")
+    own = _own_sizes(fields.get("per_layer_config") or {})
     if own and not 0 <= min(own) <= max(own) < count:
         raise InputError(
             f"config.json: per_layer_config has layers {sorted(own)}, wanted some of 0 to "
@@ -46,11 +46,34 @@ def layer_sizes(fields: Mapping[str, Any]) -> list[LayerSizes]:
     return [_layer(f"config.json: layer {i}", {**fields, **own.get(i, {})}) for i in range(count)]
 
 
+def read_size(where: str, fields: Mapping[str, Any], key: str) -> int:
+    """A size among a configuration's fields; InputError, in the name of `where`, for none."""
+    found = fields.get(key)
+    if type(found) is not int or found < 1:
+        raise InputError(f"{where}: {key} is {found!r}, wanted a whole number >= 1")
+    return found
+
+
+def _own_sizes(layers: Any) -> dict[int, Mapping[str, Any]]:
+    """Layer -> what it has of its own; JSON has the layer as text."""
+    if not isinstance(layers, Mapping):
+        raise InputError(
+            f"config.json: per_layer_config is a {type(layers).__name__}, wanted layers by number"
+        )
+    for index, own in layers.items():
+        if not str(index).isdecimal() or not isinstance(own, Mapping):
+            raise InputError(
+                f"config.json: per_layer_config[{index!r}] is {own!r}, wanted a layer's number "
+                "and its sizes"
+            )
+    return {int(index): own for index, own in layers.items()}
+
+
 def _layer(where: str, fields: Mapping[str, Any]) -> LayerSizes:
-    query_heads = _size(where, fields, "num_attention_heads")
+    query_heads = read_size(where, fields, "num_attention_heads")
     kv_heads = query_heads
     if fields.get("num_key_value_heads") is not None:
-        kv_heads = _size(where, fields, "num_key_value_heads")
+        kv_heads = read_size(where, fields, "num_key_value_heads")
     counts = fields.get("head_map")
     if counts is None:
         if query_heads % kv_heads:
@@ -70,11 +93,4 @@ def _layer(where: str, fields: Mapping[str, Any]) -> LayerSizes:
             f"{where}: head_map has {heads.query_heads} query and {heads.kv_heads} key/value "
             f"heads, wanted {query_heads} and {kv_heads}"
         )
-    return LayerSizes(_size(where, fields, "intermediate_size"), heads)
-
-
-def _size(where: str, fields: Mapping[str, Any], key: str) -> int:
-    found = fields.get(key)
-    if type(found) is not int or found < 1:
-        raise InputError(f"{where}: {key} is {found!r}, wanted a whole number >= 1")
-    return found
+    return LayerSizes(read_size(where, fields, "intermediate_size"), heads)

@@ -34,6 +34,16 @@ FAMILIES = {
     "qwen3": "Qwen3",
 }
 
+# Projections that engines run as one linear layer, by its name.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# The linear layers of a dense block as engines run them: their name, the projections in the block.
+UNITS = {
+    "qkv_proj": tuple(f"self_attn.{part}" for part in FUSED["qkv_proj"]),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": tuple(f"mlp.{part}" for part in FUSED["gate_up_proj"]),
+    "down_proj": ("mlp.down_proj",),
+}
+
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

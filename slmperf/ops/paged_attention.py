@@ -222,9 +222,12 @@ def paged_attention(
             )
     if scale is not None and not 0.0 < scale < math.inf:
         raise InputError(f"paged_attention: scale is {scale}, wanted a finite number > 0")
-    for name, least in (("window", window), ("split_keys", split_keys)):
-        if least is not None and least < 1:
-            raise InputError(f"paged_attention: {name} is {least}, wanted 1 or more, or None")
+    if sizes["P"] == 0:
+        raise InputError("paged_attention: key_pages have no slots, wanted 1 or more in a page")
+    numbers = {"window": window, "split_keys": split_keys, "longest_query": longest_query}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"paged_attention: {name} is {number}, wanted 1 or more, or None")
     if query.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("paged_attention: query wants a gradient, there is none here")
     op = getattr(torch.ops.slmperf.paged_attention, ROUTES.choose(impl, query))

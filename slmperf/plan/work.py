@@ -16,13 +16,19 @@ class Scheme(NamedTuple):
     quantised_activations: bool  # activations are rounded before each matrix product
 
 
-# Per-channel scales are 4 bytes for some thousand weights and left out; groups of 128 have 2 bytes.
+def bytes_of_weight(bits: int, group_size: int | None = None) -> float:
+    """Bytes of one weight of so many bits; of scales, those that `group_size` neighbours share, 2
+    bytes each, count. None: one for a channel's some thousand weights or more, which is left out.
+    """
+    return bits / 8 + (0 if group_size is None else 2 / group_size)
+
+
 SCHEMES: Mapping[str, Scheme] = {
-    "fp32": Scheme(4.0, False),
-    "bf16": Scheme(2.0, False),
-    "fp8": Scheme(1.0, True),
-    "w8a8": Scheme(1.0, True),
-    "w4a16": Scheme(0.5 + 2 / 128, False),
+    "fp32": Scheme(bytes_of_weight(32), False),
+    "bf16": Scheme(bytes_of_weight(16), False),
+    "fp8": Scheme(bytes_of_weight(8), True),
+    "w8a8": Scheme(bytes_of_weight(8), True),
+    "w4a16": Scheme(bytes_of_weight(4, 128), False),
 }
 KV_BYTES = 2  # bf16 keys and values
 

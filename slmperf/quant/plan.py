@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from slmperf.check import InputError
+from slmperf.models import structure
 from slmperf.models.structure import experts_of, layer_name, linear_blocks
 from slmperf.ops.activation_spec import GROUP
 from slmperf.quant.layer import METHODS
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The linear layers of a block by what flows into them; engines run those of a unit as one.
-UNITS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+UNITS = tuple(structure.UNITS.values())
 LINEARS = tuple(name for unit in UNITS for name in unit)
 
 Overrides = Mapping[str, str | Scheme | None]

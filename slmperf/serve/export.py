@@ -34,7 +34,7 @@ def export(
     ] = False,
     quantization: Annotated[
         str,
-        Option(help="slmperf: quantised layers by the plug-in, of any size; empty: the engine's."),
+        Option(help="slmperf: quantised layers by the plug-in; empty: the engine's."),
     ] = "",
     labels: Annotated[
         str,
@@ -50,12 +50,9 @@ def export(
     from slmperf.command.places import check_places, written
     from slmperf.data.text import tokenizer_beside
     from slmperf.models.engines.export import export_for_engine
-    from slmperf.models.engines.linear import NAME
 
     if device not in ("cuda", "cpu"):
         raise InputError(f"--device: wanted cuda or cpu, found {device!r}")
-    if quantization not in ("", NAME):
-        raise InputError(f"--quantization: wanted {NAME} or nothing, found {quantization!r}")
     check_places(out, None)
     tokenizer = tokenizer_beside(model)
     ids = [_token(label, tokenizer) for label in labels.split(",")] if labels else []
@@ -82,22 +79,28 @@ def summary(told: Exported) -> list[str]:
     from slmperf.models.engines.facts import DECILM
 
     needs = "slmperf installed beside the engine" if told.plugin else "no plug-in"
+    if told.quantization:
+        needs += f", started with --quantization {told.quantization}"
     if told.written == DECILM:
         needs += ", but --trust-remote-code for its configuration"
-    lines = [f"{told.written} for {told.ranks} ranks: {needs}"]
-    zeros = {"neurons": told.neurons, "query heads": told.query_heads, "KV heads": told.kv_heads}
-    added = [f"{count} {what}" for what, count in zeros.items() if count]
+    lines = [f"{told.written} for {_counted(told.ranks, 'rank')}: {needs}"]
+    zeros = {"neuron": told.neurons, "query head": told.query_heads, "KV head": told.kv_heads}
+    added = [_counted(count, what) for what, count in zeros.items() if count]
     if added:
         lines.append(f"zeros added, all layers together: {', '.join(added)}")
     if told.moved:
-        lines.append(f"heads in the order of the ranks in {told.moved} layers")
-    cache = f"KV cache: {told.kv_bytes_per_token:,} bytes per token"
-    if told.wasted:
+        lines.append(f"heads in the order of the ranks in {_counted(told.moved, 'layer')}")
+    cache = f"KV cache: {told.cache.bytes_per_token:,} bytes per token"
+    if told.cache.wasted:
         cache += (
-            f", {told.wasted:.0%} of them unused: SGLang's cache is as wide in every layer as in "
-            "the widest; query heads by layer over alike KV heads waste none"
+            f", {told.cache.wasted:.0%} of them unused: SGLang's cache is as wide in every layer "
+            "as in the widest; query heads by layer over alike KV heads waste none"
         )
     return [*lines, cache]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _token(label: str, tokenizer: PreTrainedTokenizerBase | None) -> int:

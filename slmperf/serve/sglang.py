@@ -1,14 +1,16 @@
 """The plug-in for SGLang (0.5.23): models that pruning left with layers of different sizes.
 
-Where slmperf is installed beside SGLang, the entry point `sglang.srt.plugins` (or
-SGLANG_EXTERNAL_MODEL_PACKAGE=slmperf.serve) registers
+Where slmperf is installed beside SGLang, the entry point `sglang.srt.plugins` registers
 
     PrunedForCausalLM     Llama, Mistral, Qwen2 and Qwen3 with per-layer heads, key/value heads and
                           neurons, quantised or not, on SGLang's own layers
     "slmperf"             an attention backend, `slmperf.ops.paged_attention`: query heads spread
-                          unevenly over key/value heads as they are (--attention-backend slmperf)
+                          unevenly over key/value heads as they are (--attention-backend slmperf);
                           and a quantisation method, `slmperf.models.QuantizedLinear`: schemes and
                           sizes that SGLang has no kernel for (--quantization slmperf)
+
+SGLANG_EXTERNAL_MODEL_PACKAGE=slmperf.serve, without the entry point, registers the class alone, for
+stock checkpoints that ask for it: a configuration of per-layer sizes is read before that.
 
 SGLang's cache has one number of key/value heads for all layers: layers with fewer are filled up
 with zeros in it. Its own backends want as many query heads for every key/value head; for them
@@ -31,7 +33,6 @@ from slmperf.check import InputError
 from slmperf.models.engines import flat
 from slmperf.models.engines.decoder import Decoder, decoder_of
 from slmperf.models.engines.labels import LabelHead
-from slmperf.models.engines.layout import spread
 from slmperf.models.engines.support import check_served
 from slmperf.models.engines.weights import STACKED, placed, sources
 
@@ -217,9 +218,10 @@ class _Attention(nn.Module):
     ) -> None:
         super().__init__()
         layout, rank = decoder.layouts[index], get_parallel().tp_rank
-        self.heads = heads = layout.ranks[rank]
         self.head_size = size = decoder.head_size
         self.width = width = max(each.ranks[rank].kv_heads for each in decoder.layouts)
+        heads, taken, kept, real = layout.of_rank(rank, width)
+        self.heads = heads
         queries, kv_heads = layout.layout.query_heads, layout.layout.kv_heads
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
@@ -259,14 +261,11 @@ class _Attention(nn.Module):
         )
         self.attn.head_map = heads  # for our own backend
         # For SGLang's backends, which have even groups and a cache of one width.
-        taken, kept = spread(heads, layout.group, width)
         self.even = taken == list(range(heads.query_heads))
+        self.filled_up = not all(real)
         self.register_buffer("taken", torch.tensor(taken), persistent=False)
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
-        own = queries[rank * heads.query_heads : (rank + 1) * heads.query_heads]
-        self.filled_up = None in own
-        real = torch.tensor([[head is not None] for head in own])
-        self.register_buffer("real", real, persistent=False)
+        self.register_buffer("real", torch.tensor(real)[:, None], persistent=False)
 
     def forward(self, positions: Tensor, hidden: Tensor, forward_batch: Any) -> Tensor:
         """hidden (T, D) -> (T, D)."""

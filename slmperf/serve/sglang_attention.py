@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor, nn
 
 from slmperf.ops.paged_attention import paged_attention
@@ -15,12 +17,18 @@ BACKEND = "slmperf"
 
 
 class PagedBackend(AttentionBackend):
-    """`slmperf.ops.paged_attention` over SGLang's cache, a page for every token."""
+    """`slmperf.ops.paged_attention` over SGLang's cache, a page for every token.
+
+    For any decoder. NotImplementedError for what the op does not compute: caps of scores, sinks,
+    attention to an encoder or without order, layers with caches of their own.
+    """
 
     needs_cpu_seq_lens = False
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
+        if isinstance(runner.token_to_kv_pool, SWAKVPool):
+            raise NotImplementedError(f"attention backend {BACKEND}: a cache of sliding windows")
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         requests = len(self.req_to_token_pool.req_to_token)
@@ -53,9 +61,10 @@ class PagedBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
-        **unused: Any,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """q (T, H C), k and v (T, G, C) -> (T, H C)."""
+        _check(layer, sinks)
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None:
             location = KVWriteLoc(forward_batch.out_cache_loc, None)
@@ -81,11 +90,24 @@ class PagedBackend(AttentionBackend):
             scale=layer.scaling,
             key_scale=_of_heads(layer.k_scale, keys) if narrow else None,
             value_scale=_of_heads(layer.v_scale, values) if narrow else None,
+            window=None if layer.sliding_window_size < 0 else layer.sliding_window_size + 1,
             longest_query=self.longest,
         ).output
         return output.view(q.shape)
 
     forward_decode = forward_extend
+
+
+def _check(layer: Any, sinks: Tensor | None) -> None:
+    for what, there in (
+        ("a cap of scores", layer.logit_cap),
+        ("sinks", sinks is not None),
+        ("attention to an encoder", layer.is_cross_attention),
+        ("attention without order", layer.attn_type != AttentionType.DECODER),
+        ("values of another size", layer.v_head_dim != layer.qk_head_dim),
+    ):
+        if there:
+            raise NotImplementedError(f"attention backend {BACKEND}: {what}")
 
 
 def _of_heads(scale: Tensor | None, pages: Tensor) -> Tensor:

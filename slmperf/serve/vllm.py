@@ -30,9 +30,9 @@ from slmperf.check import InputError
 from slmperf.models.engines import flat
 from slmperf.models.engines.decoder import Decoder, decoder_of
 from slmperf.models.engines.labels import LabelHead
-from slmperf.models.engines.layout import spread
 from slmperf.models.engines.support import check_served
-from slmperf.models.engines.weights import PARTS, STACKED, placed, sources
+from slmperf.models.engines.weights import STACKED, placed, sources
+from slmperf.models.structure import FUSED
 
 try:
     from vllm.compilation.decorators import support_torch_compile
@@ -80,7 +80,7 @@ class PrunedForCausalLM(nn.Module, SupportsQuant):
     Raises InputError for what vLLM cannot serve, before any weight is read.
     """
 
-    packed_modules_mapping: ClassVar = PARTS
+    packed_modules_mapping: ClassVar = {whole: list(parts) for whole, parts in FUSED.items()}
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
             f".{name}": (f".{whole}", part) for name, (whole, part) in STACKED.items()
@@ -233,7 +233,8 @@ class _Attention(nn.Module):
         super().__init__()
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         rank, layout = get_tensor_model_parallel_rank(), sizes.layouts[index]
-        self.heads = heads = layout.ranks[rank]
+        heads, taken, kept, real = layout.of_rank(rank, layout.ranks[rank].kv_heads)
+        self.heads = heads
         self.head_size = size = sizes.head_size
         queries = layout.layout.query_heads
         self.qkv_proj = QKVParallelLinear(
@@ -279,14 +280,11 @@ class _Attention(nn.Module):
         )
         if own_backend:
             self.attn.num_heads = heads.query_heads  # it takes no uneven number itself
-        taken, kept = spread(heads, layout.group, heads.kv_heads)
         self.even = own_backend or taken == list(range(heads.query_heads))
-        own = queries[rank * heads.query_heads : (rank + 1) * heads.query_heads]
+        self.filled_up = not all(real)
         self.register_buffer("taken", torch.tensor(taken), persistent=False)
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
-        self.filled_up = None in own
-        real = torch.tensor([[head is not None] for head in own])
-        self.register_buffer("real", real, persistent=False)
+        self.register_buffer("real", torch.tensor(real)[:, None], persistent=False)
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """hidden (T, D) -> (T, D)."""

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from slmperf.models.engines.linear import NAME, QuantizedMethod, scheme_of
+from slmperf.models.engines.linear import NAME, QuantizedMethod, stored_linear
 
 
 class QuantizationConfig(CompressedTensorsConfig):
@@ -51,8 +51,10 @@ class QuantizationConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
-        scheme = scheme_of(self.fields, prefix)
-        return UnquantizedLinearMethod() if scheme is None else SlmperfLinearMethod(scheme)
+        stored = stored_linear(self.fields, prefix)
+        if stored is None:
+            return UnquantizedLinearMethod()
+        return SlmperfLinearMethod(stored, prefix)
 
 
 class SlmperfLinearMethod(QuantizedMethod, LinearMethodBase):

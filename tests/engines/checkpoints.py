@@ -23,8 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slmperf.models.pruned  # noqa: F401 - Transformers knows the class then
 from slmperf.models import export_for_engine, load, save, shrink
+from slmperf.models.quantized import LinearScheme
 from slmperf.ops.activation_spec import ActivationSpec
+from slmperf.ops.weight_spec import Int4
 from slmperf.quant import quantize_model
+from slmperf.quant.schemes import Scheme
 
 DATA = Path(os.environ.get("SLMPERF_DATA", Path(__file__).parents[3] / "shared/data"))
 DTYPE = "float32" if DEVICE == "cpu" else "bfloat16"  # what engines compute in
@@ -123,8 +126,30 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
 
 def fp8_cache(model: PreTrainedModel) -> PreTrainedModel:
     """Keys and values in fp8, too, with calibrated scales."""
+    return quantised(model, "fp8", calibration=calibration(), kv_cache=True)
+
+
+def asymmetric(model: PreTrainedModel) -> PreTrainedModel:
+    """Four bits, with zero points."""
+    linear = LinearScheme(Int4(group_size=32, symmetric=False))
+    return quantised(model, Scheme("w4a16-asymmetric", linear))
+
+
+def static(model: PreTrainedModel) -> PreTrainedModel:
+    """One scale for all inputs of a layer, and one for its weight."""
+    return quantised(model, "fp8-static", calibration=calibration())
+
+
+def blocks() -> PreTrainedModel:
+    """Scales of blocks of 128 x 128, of which layers of different sizes are whole multiples."""
+    queries = [range(8), [0, 1, 4, 5], range(4)]
+    neurons = [range(512), range(256), range(384)]
+    return quantised(shrink(family("llama"), mlp=neurons, query_heads=queries), "fp8-block")
+
+
+def calibration() -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(3, 512, (4, 64), generator=torch.Generator().manual_seed(1))
-    return quantised(model, "fp8", calibration=[{"input_ids": ids}], kv_cache=True)
+    return [{"input_ids": ids}]
 
 
 def stories() -> PreTrainedModel:
@@ -151,7 +176,10 @@ MODELS = {
     "qwen2": partial(per_layer, "qwen2"),
     "qwen3": partial(per_layer, "qwen3"),
     "mixed": lambda: mixed(per_layer()),
-    "mixed-own": lambda: mixed(per_layer()),
+    "own-mixed": lambda: mixed(per_layer()),
+    "own-asymmetric": lambda: asymmetric(per_layer()),
+    "own-static": lambda: static(per_layer()),
+    "own-blocks": blocks,
     "odd-w8a8": lambda: quantised(odd(), "w8a8"),
     "odd-w4a16": lambda: quantised(odd(), "w4a16", group_size=32),
     "odd-fp8": lambda: quantised(odd(), "fp8"),
@@ -166,12 +194,12 @@ EXPORTED = {
     "exported": {"ranks": 2},
     "labels": {"labels": LABELS},
 }
-# Run by slmperf's product inside the engine.
-OWN_PRODUCT = {"mixed-own"}
 # Inputs or keys rounded to 8 bits: a sum in another order rounds some of them the other way, which
 # moves logprobs by some hundredths. Where this was written it did not happen (1e-6).
 ROUNDED = {
-    name for name in MODELS if name.endswith(("w8a8", "fp8", "mixed", "mixed-own", "fp8-cache"))
+    name
+    for name in MODELS
+    if name.endswith(("w8a8", "fp8", "mixed", "own-static", "own-blocks", "fp8-cache"))
 }
 
 
@@ -214,7 +242,7 @@ class Checkpoint:
         The engines' kernels round int8 inputs to max |x| / 127; ours, as compressed-tensors has it,
         to / 127.5.
         """
-        ours = self.name in OWN_PRODUCT
+        ours = self.name.startswith("own-")  # run by slmperf's product inside the engine
         lowest = ActivationSpec.lowest if ours else property(lambda spec: -spec.highest)
         with patch.object(ActivationSpec, "lowest", lowest):
             model = self._model()

@@ -24,7 +24,7 @@ from environments import DEVICE, folder
 HERE = Path(__file__).parent
 SHOWN = 6000  # characters of a log
 # Of all jobs together; a GPU's kernels are compiled in them.
-JOBS_TIMEOUT_S = 240 if DEVICE == "cpu" else 1200
+JOBS_TIMEOUT_S = 360 if DEVICE == "cpu" else 1200
 
 
 class Job(NamedTuple):

@@ -52,6 +52,8 @@ def test_engines_read_their_lines(in_environment, site, tmp_path, engine):
         name: deployment(tmp_path / name, fields, engine=engine, tp=2)
         for name, fields in MODELS.items()
     }
+    odd = quantised("w8a8") | {"intermediate_size": 5136}  # halves: not for SGLang's kernel
+    made["own"] = deployment(tmp_path / "own", odd, engine=engine, tp=2, quantization="slmperf")
     lines = [
         serve_line(one, str(one.checkpoint.folder), "127.0.0.1", 4321, 2)[2:]
         for one in made.values()
@@ -61,13 +63,14 @@ def test_engines_read_their_lines(in_environment, site, tmp_path, engine):
         "vllm": ("tensor_parallel_size", "max_model_len"),
     }[engine]
     same = [ranks, length, "host", "port"]
-    own = ["dtype", "kv_cache_dtype", "trust_remote_code"]
+    own = ["dtype", "kv_cache_dtype", "trust_remote_code", "quantization"]
     found = dict(zip(made, parsed(in_environment, site, engine, lines, same + own), strict=True))
     for one in found.values():
         assert [one[name] for name in same] == [2, 16392, "127.0.0.1", 4321]
     assert found["fp8"]["kv_cache_dtype"] == "fp8_e4m3"
     assert found["per-layer"]["dtype"] == "bfloat16"
-    assert [one["trust_remote_code"] for one in found.values()] == [False, False, True]
+    assert [one["trust_remote_code"] for one in found.values()] == [False, False, True, False]
+    assert [one["quantization"] for one in found.values()] == [None, None, None, "slmperf"]
 
 
 def test_the_router_reads_its_lines(in_environment, site, tmp_path):

@@ -32,11 +32,13 @@ PRUNED = {
     "qwen3": ("qwen3", {}),
     "mixed": ("mixed", {}),
     "stories": ("stories", {}),
-    "our product": ("mixed-own", {"quantization": "slmperf"}),
     "two ranks": ("llama", {"tp_size": 2}),
     "two ranks, exported": ("exported", {"tp_size": 2}),
     "two ranks, mixed": ("mixed", {"tp_size": 2}),
 }
+OWN = ["own-mixed", "own-asymmetric", "own-static", "own-blocks"]
+PRUNED |= {name: (name, {"quantization": "slmperf"}) for name in OWN}
+PRUNED["own, two ranks"] = ("own-asymmetric", {"quantization": "slmperf", "tp_size": 2})
 # On a GPU with its graphs of decoding; qwen3 has query heads unevenly spread.
 BACKENDS = ["slmperf"] if DEVICE == "cpu" else ["slmperf", "fa3", "flashinfer", "triton"]
 PRUNED |= {
@@ -49,7 +51,12 @@ ONLY_LABELS = {"json_model_override_args": json.dumps({"label_token_ids": LABELS
 # Name of a job -> checkpoint, options, what the engine says when it stops.
 REFUSED = {
     "window": ("mistral-window", {}, "sliding windows, which slmperf's plug-in has for vLLM alone"),
-    "ranks": ("qwen3", {"tp_size": 2}, "4 query heads over 3 key/value heads do not divide by 2"),
+    "ranks": (
+        "qwen3",
+        {"tp_size": 2},
+        "slmperf.serve.sglang: SGLang: layer 2: 4 query heads over 3 key/value heads do not divide "
+        "by 2 ranks; wanted 1 rank",
+    ),
     "version": ("other-version", {}, "format_version is 2"),
 }
 
@@ -75,6 +82,64 @@ print("from", plugin.__file__)
         site,
     )
     assert f"from {site}" in said
+
+
+def test_the_attention_backend_has_windows_and_refuses_the_rest(in_environment, site):
+    """As a decoder asks for them that is not ours, with one sequence of 20 tokens in a cache."""
+    in_environment(
+        "sglang",
+        """
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from slmperf.serve.sglang_attention import PagedBackend
+
+LENGTH, C = 20, 16
+torch.manual_seed(0)
+keys, values = torch.randn(2, 32, 2, C)
+pool = SimpleNamespace(
+    set_kv_buffer=None, get_key_buffer=lambda index: keys, get_value_buffer=lambda index: values
+)
+slots = torch.randperm(32)
+requests = SimpleNamespace(req_to_token=slots[None])
+backend = PagedBackend(
+    SimpleNamespace(req_to_token_pool=requests, token_to_kv_pool=pool, device="cpu")
+)
+backend.starts = torch.tensor([0, 1])
+batch = SimpleNamespace(
+    out_cache_loc=None, req_pool_indices=torch.tensor([0]), seq_lens=torch.tensor([LENGTH])
+)
+query = torch.randn(1, 4 * C)
+
+def output(sinks=None, **own):
+    layer = RadixAttention(4, C, 0.25, num_kv_heads=2, layer_id=0, **own)
+    return backend.forward_decode(query, None, None, layer, batch, sinks=sinks)
+
+def wanted(first):
+    seen = slots[first:LENGTH]
+    key, value = (x[seen].movedim(0, 1).repeat_interleave(2, 0) for x in (keys, values))
+    inputs = query.view(4, 1, C), key, value
+    return torch.nn.functional.scaled_dot_product_attention(*inputs, scale=0.25).view(1, -1)
+
+torch.testing.assert_close(output(), wanted(0))
+# As SGLang counts: keys before the query's own.
+torch.testing.assert_close(output(sliding_window_size=4), wanted(LENGTH - 5))
+for other in (
+    {"logit_cap": 1.0},
+    {"sinks": torch.ones(4)},
+    {"is_cross_attention": True},
+    {"attn_type": AttentionType.ENCODER_ONLY},
+    {"v_head_dim": 8},
+):
+    try:
+        output(**other)
+    except NotImplementedError:
+        continue
+    raise AssertionError(other)
+""",
+        site,
+    )
 
 
 @pytest.fixture(scope="module")

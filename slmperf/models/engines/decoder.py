@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from slmperf.check import InputError
 from slmperf.models.engines.flat import flat_layer_sizes
 from slmperf.models.engines.layout import RankLayout, over_ranks
 from slmperf.models.layer_sizes import LayerSizes
@@ -18,7 +17,22 @@ from slmperf.models.structure import family_of, head_size
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SERVED = ("llama", "mistral", "qwen2", "qwen3")
+
+class _Family(NamedTuple):
+    """What a family's layers have, or have where the configuration says so."""
+
+    takes_bias: bool = False  # attention_bias: in all four projections
+    takes_mlp_bias: bool = False
+    qkv_bias: bool = False
+    normed: bool = False
+
+
+_FAMILIES = {
+    "llama": _Family(takes_bias=True, takes_mlp_bias=True),
+    "mistral": _Family(),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(takes_bias=True, normed=True),
+}
 
 
 class Decoder(NamedTuple):
@@ -35,40 +49,24 @@ class Decoder(NamedTuple):
 
 
 def decoder_of(config: PretrainedConfig, ranks: int) -> Decoder:
-    """The decoder of a FlatConfig, or of a stock configuration.
+    """The decoder of a FlatConfig, or of a stock configuration, that `support.check_served` found
+    nothing against.
 
-    Raises InputError for a family that the plug-ins do not know, and, naming the layer, for sizes
-    that `ranks` ranks cannot share.
+    Raises KeyError for another family, InputError for heads that `ranks` ranks cannot share.
     """
     family = family_of(config)
-    if family not in SERVED:
-        raise InputError(f"base_model_type is {family!r}, wanted one of {', '.join(SERVED)}")
-    if config.hidden_act != "silu":
-        raise InputError(f"hidden_act is {config.hidden_act!r}, wanted 'silu'")
-    layers = flat_layer_sizes(config)
-    biased = family in ("llama", "qwen3") and bool(getattr(config, "attention_bias", False))
+    own, layers = _FAMILIES[family], flat_layer_sizes(config)
+    biased = own.takes_bias and bool(getattr(config, "attention_bias", False))
     return Decoder(
         layers,
-        [_layout(index, sizes, ranks) for index, sizes in enumerate(layers)],
+        [over_ranks(sizes.heads, ranks) for sizes in layers],
         [_window(config, family, index) for index in range(len(layers))],
         head_size(config),
-        qkv_bias=biased or family == "qwen2",
+        qkv_bias=biased or own.qkv_bias,
         output_bias=biased,
-        mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
-        normed=family == "qwen3",
+        mlp_bias=own.takes_mlp_bias and bool(getattr(config, "mlp_bias", False)),
+        normed=own.normed,
     )
-
-
-def _layout(index: int, sizes: LayerSizes, ranks: int) -> RankLayout:
-    if sizes.intermediate_size % ranks:
-        raise InputError(
-            f"layer {index}: {sizes.intermediate_size} neurons do not divide by {ranks} "
-            "tensor-parallel ranks, wanted a multiple (slmperf export fills up with zeros)"
-        )
-    try:
-        return over_ranks(sizes.heads, ranks)
-    except InputError as error:
-        raise InputError(f"layer {index}: {error}") from None
 
 
 def _window(config: PretrainedConfig, family: str, index: int) -> int | None:

@@ -25,9 +25,17 @@ from slmperf.check import InputError
 from slmperf.data.text import tokenizer_beside
 from slmperf.models.checkpoint import add_older_fields, load, write_pretrained
 from slmperf.models.engines.decilm import CONFIGURATION, decilm_fields
-from slmperf.models.engines.facts import DECILM, PRUNED, Engine, Facts, Waste, facts_of
-from slmperf.models.engines.labels import check_labels
+from slmperf.models.engines.facts import (
+    DECILM,
+    PRUNED,
+    Cache,
+    Engine,
+    Facts,
+    facts_of,
+    fields_of,
+)
 from slmperf.models.engines.layout import HeadLayout, queries_of
+from slmperf.models.engines.linear import NAME
 from slmperf.models.engines.placing import block_tensors
 from slmperf.models.engines.rules import Device
 from slmperf.models.engines.support import (
@@ -59,33 +67,26 @@ if TYPE_CHECKING:
 class Exported(NamedTuple):
     """What was written, and what it costs.
 
-    written      the class that runs it in the engine
-    plugin       whether slmperf has to be installed beside the engine
-    neurons      zeros added, in all layers together
-    query_heads  the same, and of key/value heads
+    written       the class that runs it in the engine
+    plugin        whether slmperf has to be installed beside the engine
+    quantization  what the engine has to be started with: "slmperf", or None for nothing
+    neurons       zeros added, in all layers together
+    query_heads   the same, and of key/value heads
     kv_heads
-    moved        layers whose heads stand in another order
-    cache        bytes of one token's keys and values: native (vLLM), pool (SGLang)
+    moved         layers whose heads stand in another order
+    cache         the engine's keys and values of one token
     """
 
     written: str
     plugin: bool
+    quantization: str | None
     engine: Engine
     ranks: int
     neurons: int
     query_heads: int
     kv_heads: int
     moved: int
-    cache: Waste
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.cache.pool if self.engine == "sglang" else self.cache.native
-
-    @property
-    def wasted(self) -> float:
-        """The share of the engine's key/value cache that no layer uses."""
-        return self.cache.share if self.engine == "sglang" else 0.0
+    cache: Cache
 
 
 class _Plan(NamedTuple):
@@ -117,29 +118,37 @@ def export_for_engine(
                serves the checkpoint it is written for that all the same.
     device     where the engine runs; kernels of a GPU ask for multiples of sizes
     pad        add neurons of zeros where it takes them to be served
-    quantization  "slmperf" where the engine is to run quantised layers by the plug-in
+    quantization  "slmperf" where the engine is to run quantised layers by the plug-in, started
+                  with --quantization slmperf
     labels     token ids: the plug-in computes no other logits (`label_token_ids`)
 
     Raises InputError with the reason and the nearest that is served.
     """
+    if quantization is not None and (quantization != NAME or not plugin):
+        raise InputError(
+            f"export_for_engine: quantization: wanted {NAME} with the plug-in, found "
+            f"{quantization}{'' if plugin else ' without it'}"
+        )
+    fields = fields_of(model) if isinstance(model, str | os.PathLike) else _fields_of_model(model)
+    if labels:
+        fields["label_token_ids"] = list(labels)
+    facts = facts_of(fields)
+    if not facts.quantized:
+        quantization = None
     if isinstance(model, str | os.PathLike):
-        facts = facts_of(model)
+        dtype = _checked_dtype(Path(model), facts)
     else:
-        facts = _facts_of_model(model)
-    facts = replace(facts, labels=tuple(labels) or facts.labels)
+        dtype = model.dtype
+    facts = replace(facts, itemsize=dtype.itemsize)
     plan = _planned(facts, engine, ranks, plugin, device, pad, quantization)
     if isinstance(model, str | os.PathLike):
-        _check_shapes(Path(model), facts)
         tokenizer = tokenizer or tokenizer_beside(Path(model))
-        dtype = torch.float32 if facts.itemsize == 4 else None
-        model = load(model, dtype=dtype or _stored_dtype(Path(model)))
-    if facts.labels:
-        check_labels(list(facts.labels), model.config.vocab_size)
+        model = load(model, dtype=dtype)
     with write_folder(folder) as aside:
         _write(model, plan, facts, engine, aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-    return _told(plan, facts, engine, ranks)
+    return _told(plan, facts, engine, ranks, quantization)
 
 
 def permute_kv_heads(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
@@ -176,17 +185,32 @@ def _ordered(heads: HeadMap, ranks: int) -> HeadLayout:
 # ---- which form
 
 
-def _facts_of_model(model: PreTrainedModel) -> Facts:
+def _fields_of_model(model: PreTrainedModel) -> dict[str, Any]:
     if is_quantized(model):
         write_config(model)
     own = {"architectures": [type(model).__name__], "dtype": str(model.dtype)}
-    return facts_of(model.config.to_dict() | own)
+    return model.config.to_dict() | own
 
 
-def _check_shapes(folder: Path, facts: Facts) -> None:
-    """InputError, naming the layer, where the files hold layers of other sizes than config.json
-    says: without its per-layer values, for one."""
+def _checked_dtype(folder: Path, facts: Facts) -> torch.dtype:
+    """The dtype of a checkpoint's unquantised tensors, that of the last norm: config.json need not
+    say it.
+
+    Raises InputError, naming the layer, where the files hold other sizes than config.json says:
+    without its per-layer values, for one.
+    """
     with TensorFiles(folder, stored_tensors(folder)) as files:
+        blocks = 1 + max((block_of(name) or 0 for name in files.stored), default=0)
+        if blocks != len(facts.layers):
+            raise InputError(
+                f"{folder}: the files have {blocks} layers, config.json says {len(facts.layers)}"
+            )
+        norm = files.get("model.norm.weight")
+        if len(norm) != facts.hidden_size:
+            raise InputError(
+                f"{folder}: model.norm has {len(norm)} channels, config.json says hidden_size "
+                f"{facts.hidden_size}"
+            )
         for index, layer in enumerate(facts.layers):
             for part, rows in (
                 ("self_attn.q_proj", layer.heads.query_heads * facts.head_size),
@@ -200,12 +224,7 @@ def _check_shapes(folder: Path, facts: Facts) -> None:
                             f"{folder}: layer {index}: {part} has {found} outputs, config.json "
                             f"says {rows} (per_layer_config has what differs between layers)"
                         )
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """Of the checkpoint's floating tensors."""
-    name = json.loads((folder / "config.json").read_text()).get("dtype")
-    return {"float16": torch.float16}.get(str(name), torch.bfloat16)
+        return norm.dtype
 
 
 def _planned(
@@ -221,12 +240,13 @@ def _planned(
     if facts.written == DECILM:
         raise InputError("export_for_engine: wanted a stock or a pruned model, found a DeciLM")
     where: dict[str, Any] = {"engine": engine, "ranks": ranks, "device": device}
+    how: dict[str, Any] = where | {"plugin": plugin, "quantization": quantization}
     found: list[str] = []
     for form in _forms(facts, ranks, plugin):
-        found = reasons(form.facts, plugin=plugin, quantization=quantization, **where)
+        found = reasons(form.facts, **how)
         if not found:
             return form
-        multiple = neuron_multiple(form.facts, plugin=plugin, **where) if pad else None
+        multiple = neuron_multiple(form.facts, **how) if pad else None
         if multiple:
             return form._replace(facts=form.facts.with_neurons(multiple))
         facts = form.facts
@@ -235,18 +255,17 @@ def _planned(
             return _Plan(*as_decilm(facts, **where))
         except InputError as error:
             found = [f"{found[0]}; as DeciLM: {error}"]
-    near = nearest(facts, plugin=plugin, **where)
-    raise refusal("export_for_engine", engine, found, near)
+    raise refusal("export_for_engine", engine, found, nearest(facts, **how))
 
 
 def _forms(facts: Facts, ranks: int, plugin: bool) -> Iterator[_Plan]:
     """The forms without heads of zeros."""
     maps = [layer.heads for layer in facts.layers]
-    stay = [HeadLayout(tuple(range(m.kv_heads)), tuple(range(m.query_heads))) for m in maps]
+    stay = [HeadLayout.in_order(heads) for heads in maps]
     if not plugin or (facts.written != PRUNED and not facts.labels):
         yield _Plan(facts, stay)
     if plugin:
-        if not facts.quantized and all(ranks <= heads.kv_heads for heads in maps):
+        if not facts.quantized and all(1 <= ranks <= heads.kv_heads for heads in maps):
             stay = [_ordered(heads, ranks) for heads in maps]
         heads = [
             HeadMap(tuple(old.counts[kv] for kv in layout.kv_heads if kv is not None))
@@ -319,12 +338,15 @@ def _mark(aside: Path, facts: Facts) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def _told(plan: _Plan, facts: Facts, engine: Engine, ranks: int) -> Exported:
+def _told(
+    plan: _Plan, facts: Facts, engine: Engine, ranks: int, quantization: str | None
+) -> Exported:
     written = plan.facts
     pairs = list(zip(facts.layers, written.layers, plan.layouts, strict=True))
     return Exported(
         written=written.written,
-        plugin=written.written == PRUNED,
+        plugin=written.written == PRUNED or quantization is not None,
+        quantization=quantization,
         engine=engine,
         ranks=ranks,
         neurons=sum(new.intermediate_size - old.intermediate_size for old, new, _ in pairs),
@@ -335,5 +357,5 @@ def _told(plan: _Plan, facts: Facts, engine: Engine, ranks: int) -> Exported:
             != list(range(old.heads.kv_heads))
             for old, _, layout in pairs
         ),
-        cache=written.cache(ranks),
+        cache=written.cache(ranks).of(engine),
     )

@@ -11,23 +11,24 @@ from typing import Any, Literal, NamedTuple
 
 from slmperf.check import InputError
 from slmperf.models.checkpoint import read_config
+from slmperf.models.engines.labels import check_labels
 from slmperf.models.formats import compressed_tensors
-from slmperf.models.layer_sizes import LayerSizes, layer_sizes
+from slmperf.models.layer_sizes import LayerSizes, layer_sizes, read_size
 from slmperf.models.quantized import LinearScheme
 from slmperf.models.stored import read_json
-from slmperf.models.structure import FAMILIES, layer_name
+from slmperf.models.structure import FAMILIES, UNITS, layer_name
 from slmperf.ops.head_map import HeadMap
 
 Engine = Literal["vllm", "sglang"]
 ENGINES: tuple[Engine, ...] = ("sglang", "vllm")
 PRUNED, DECILM = "PrunedForCausalLM", "DeciLMForCausalLM"
-# The linear layers of a block as engines run them: their name, the projections in it.
-UNITS = {
-    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_proj": ("mlp.down_proj",),
-}
+
+
+class Cache(NamedTuple):
+    """An engine's keys and values of one token, all layers and ranks together."""
+
+    bytes_per_token: int
+    wasted: float  # the share of them that no layer uses
 
 
 class Waste(NamedTuple):
@@ -41,13 +42,17 @@ class Waste(NamedTuple):
         """Of the pool, what no layer uses."""
         return 1 - self.native / self.pool
 
+    def of(self, engine: Engine) -> Cache:
+        """What one of the engines has of it."""
+        return Cache(self.pool, self.share) if engine == "sglang" else Cache(self.native, 0.0)
+
 
 @dataclass(frozen=True)
 class Facts:
     """A checkpoint as an engine sees it.
 
     written     the class that is to run it: a stock class, `PRUNED`, `DECILM`
-    family      whose layers it has: one of `FAMILIES`; another name is refused by the rules
+    family      whose layers it has: one of `FAMILIES`
     windows     per layer whether its attention has a sliding window
     schemes     (layer, projection such as "mlp.down_proj") -> how it is quantised
     itemsize    bytes of an unquantised value
@@ -104,17 +109,23 @@ def filled_up(size: int, multiple: int) -> int:
 def facts_of(model: str | os.PathLike[str] | Mapping[str, Any]) -> Facts:
     """The facts of a checkpoint in a folder, or of the fields of its configuration.
 
-    Raises InputError for a configuration that contradicts itself, or that is of another version or
-    of another kind of model.
+    Raises InputError for a configuration that lacks sizes or contradicts itself, or that is of
+    another version or of another kind of model.
     """
     fields = dict(model) if isinstance(model, Mapping) else fields_of(model)
+    decilm = fields.get("block_configs")
     family = fields.get("base_model_type") or fields.get("model_type") or ""
+    if decilm is not None:
+        family = "llama"
+    elif family not in FAMILIES:  # whose sizes may have other names
+        raise InputError(
+            f"config.json: models of type {family!r} are not known, only {', '.join(FAMILIES)}"
+        )
     (written, *_) = fields.get("architectures") or [FAMILIES.get(family, family) + "ForCausalLM"]
     if fields.get("model_type") == "slmperf_pruned":
         written = PRUNED
     if "layers" in fields:  # of a FlatConfig
         fields["per_layer_config"] = dict(enumerate(fields["layers"]))
-    decilm = fields.get("block_configs")
     layers = tuple(layer_sizes(fields) if decilm is None else _decilm_sizes(fields, decilm))
     windows = _windows(fields, family, len(layers))
     if "attention_bias" in fields:
@@ -122,13 +133,20 @@ def facts_of(model: str | os.PathLike[str] | Mapping[str, Any]) -> Facts:
     else:
         biased = family == "qwen2"
     schemes, fp8_cache = _schemes(fields.get("quantization_config"), len(layers))
-    heads = int(fields["num_attention_heads"])
+    hidden_size = read_size("config.json", fields, "hidden_size")
+    if fields.get("head_dim") is None:
+        head_size = hidden_size // read_size("config.json", fields, "num_attention_heads")
+    else:
+        head_size = read_size("config.json", fields, "head_dim")
+    labels = fields.get("label_token_ids")
+    if labels is not None:
+        check_labels(labels, read_size("config.json", fields, "vocab_size"))
     return Facts(
         written=written,
-        family="llama" if decilm is not None else family,
+        family=family,
         layers=layers,
-        hidden_size=int(fields["hidden_size"]),
-        head_size=int(fields.get("head_dim") or fields["hidden_size"] // heads),
+        hidden_size=hidden_size,
+        head_size=head_size,
         windows=windows,
         attention_bias=biased,
         mlp_bias=bool(fields.get("mlp_bias")),
@@ -136,7 +154,7 @@ def facts_of(model: str | os.PathLike[str] | Mapping[str, Any]) -> Facts:
         itemsize=4 if "float32" in str(fields.get("dtype") or fields.get("torch_dtype")) else 2,
         fp8_cache=fp8_cache,
         schemes=schemes,
-        labels=tuple(fields.get("label_token_ids") or ()),
+        labels=tuple(labels or ()),
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from slmperf.models.layer_sizes import LayerSizes, layer_sizes
+from slmperf.models.engines.rules import widest_heads
+from slmperf.models.layer_sizes import LayerSizes, layer_sizes, read_size
 
 
 class FlatConfig(PretrainedConfig):
@@ -27,6 +28,7 @@ class FlatConfig(PretrainedConfig):
     num_attention_heads_per_layer   G groups of the layer's own largest size: what attention
                                     computes where the cache has one width for all layers
     intermediate_size               F, of the widest layer
+    head_dim                        C
 
     Raises InputError as `layer_sizes` does.
     """
@@ -53,8 +55,12 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
     if "layers" in fields:
         return fields
     layers = layer_sizes(fields)
-    kv_heads = max(layer.heads.kv_heads for layer in layers)
-    groups = [max(layer.heads.counts) for layer in layers]
+    queries, kv_heads = widest_heads(layers)
+    if fields.get("head_dim") is None:  # which engines would take from the number of heads below
+        width, heads = (
+            read_size("config.json", fields, key) for key in ("hidden_size", "num_attention_heads")
+        )
+        fields = fields | {"head_dim": width // heads}
     rest = {k: v for k, v in fields.items() if k not in ("per_layer_config", "head_map")}
     return rest | {
         "layers": [
@@ -67,8 +73,8 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
             for layer in layers
         ],
         "num_key_value_heads": kv_heads,
-        "num_attention_heads": kv_heads * max(groups),
-        "num_attention_heads_per_layer": [kv_heads * group for group in groups],
+        "num_attention_heads": queries,
+        "num_attention_heads_per_layer": [kv_heads * max(one.heads.counts) for one in layers],
         "intermediate_size": max(layer.intermediate_size for layer in layers),
     }
 

@@ -22,11 +22,23 @@ class HeadLayout(NamedTuple):
     kv_heads: tuple[int | None, ...]  # (G',) which of the layer's key/value heads
     query_heads: tuple[int | None, ...]  # (H',) which of its query heads
 
+    @classmethod
+    def in_order(cls, heads: HeadMap) -> HeadLayout:
+        """The heads as they stand in the layer, none added."""
+        return cls(tuple(range(heads.kv_heads)), tuple(range(heads.query_heads)))
+
     def keeps(self, heads: HeadMap) -> bool:
         """Whether the heads stand here as they stand in the layer, none added."""
-        return self.kv_heads == tuple(range(heads.kv_heads)) and self.query_heads == tuple(
-            range(heads.query_heads)
-        )
+        return self == HeadLayout.in_order(heads)
+
+
+class RankHeads(NamedTuple):
+    """What one rank computes of a layer, and how it stands in an attention with even groups."""
+
+    heads: HeadMap
+    taken: list[int]  # see `Spread`
+    kept: list[int]
+    real: list[bool]  # of each query head, whether it is the layer's; others must not count
 
 
 class RankLayout(NamedTuple):
@@ -40,14 +52,24 @@ class RankLayout(NamedTuple):
         """The most query heads that any key/value head has on any rank."""
         return max(max(heads.counts) for heads in self.ranks)
 
+    def of_rank(self, rank: int, kv_heads: int) -> RankHeads:
+        """The heads of one rank, whose attention has `kv_heads` groups of `group` query heads."""
+        heads = self.ranks[rank]
+        first = rank * heads.query_heads
+        own = self.layout.query_heads[first : first + heads.query_heads]
+        real = [head is not None for head in own]
+        return RankHeads(heads, *spread(heads, self.group, kv_heads), real)
+
 
 def over_ranks(heads: HeadMap, ranks: int) -> RankLayout:
     """A layer's heads over `ranks` tensor-parallel ranks by whole key/value heads.
 
     With fewer key/value heads than ranks every rank has one of them, repeated by the engine, and
     its share of that head's query heads. Raises InputError, naming the ranks that could be, where
-    key/value heads or query heads do not divide.
+    key/value heads or query heads do not divide, and for less than one rank.
     """
+    if ranks < 1:
+        raise InputError(f"ranks is {ranks}, wanted at least 1")
     if heads.kv_heads % ranks == 0:
         owned = heads.over_ranks(ranks)
         width = max(sum(heads.counts[kv] for kv in each) for each in owned)
@@ -56,11 +78,11 @@ def over_ranks(heads: HeadMap, ranks: int) -> RankLayout:
         queries = tuple(query for layout in layouts for query in layout.query_heads)
         return RankLayout(HeadLayout(kv_heads, queries), maps)
     if ranks % heads.kv_heads == 0 and heads.uniform and heads.query_heads % ranks == 0:
-        in_order = HeadLayout(tuple(range(heads.kv_heads)), tuple(range(heads.query_heads)))
-        return RankLayout(in_order, (HeadMap((heads.query_heads // ranks,)),) * ranks)
+        rank = HeadMap((heads.query_heads // ranks,))
+        return RankLayout(HeadLayout.in_order(heads), (rank,) * ranks)
     raise InputError(
         f"{heads.query_heads} query heads over {heads.kv_heads} key/value heads do not divide by "
-        f"{ranks} tensor-parallel ranks, wanted {_list(possible_ranks(heads))}"
+        f"{ranks} tensor-parallel ranks, wanted {either(possible_ranks(heads))}"
     )
 
 
@@ -125,6 +147,7 @@ def _of_rank(heads: HeadMap, owned: Sequence[int], width: int) -> tuple[HeadLayo
     return HeadLayout(tuple(owned), tuple(queries)), HeadMap(tuple(counts))
 
 
-def _list(numbers: Sequence[int]) -> str:
+def either(numbers: Sequence[int]) -> str:
+    """Numbers to choose from, in words: "1, 2 or 4"."""
     *first, last = map(str, numbers)
     return f"{', '.join(first)} or {last}" if first else last

@@ -15,13 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from slmperf.check import InputError
-from slmperf.models.engines.facts import DECILM, PRUNED, UNITS, Engine, Facts
+from slmperf.models.engines.facts import DECILM, PRUNED, Engine, Facts
 from slmperf.models.engines.layout import HeadLayout, over_ranks, possible_ranks
 from slmperf.models.engines.placing import Move
+from slmperf.models.layer_sizes import LayerSizes
 from slmperf.models.quantized import LinearScheme
-from slmperf.models.structure import FAMILIES
+from slmperf.models.structure import FAMILIES, UNITS
 from slmperf.ops.activation_spec import GROUP
 from slmperf.ops.head_map import HeadMap
+from slmperf.ops.weight_spec import WeightSpec
 
 Device = Literal["cuda", "cpu"]
 Kernels = Literal["cuda", "cpu", "own"]  # of quantised layers: the engine's there, or the plug-in's
@@ -36,9 +38,7 @@ _MARLIN_GROUPS = (-1, 32, 64, 128)
 def of_class(facts: Facts, engine: Engine, plugin: bool) -> Iterator[str]:
     """What the class that is to run the checkpoint does not compute."""
     name = NAMES[engine]
-    if facts.family not in FAMILIES:
-        yield f"models of type {facts.family!r} are not known, only {', '.join(FAMILIES)}"
-    elif facts.hidden_act != "silu":
+    if facts.hidden_act != "silu":
         yield f"hidden_act is {facts.hidden_act!r}, {name} knows 'silu'"
     elif facts.written == PRUNED and not plugin:
         yield f"{PRUNED} is the class of slmperf's plug-in, which is not there"
@@ -101,7 +101,14 @@ def of_decilm(facts: Facts, engine: Engine) -> Iterator[str]:
 # ---- sizes over ranks
 
 
-def of_heads(facts: Facts, ranks: int) -> list[str]:
+def widest_heads(layers: Sequence[LayerSizes]) -> tuple[int, int]:
+    """Query and key/value heads into which those of every layer fit: what engines read as the
+    model's of a checkpoint whose layers differ (FlatConfig)."""
+    kv_heads = max(layer.heads.kv_heads for layer in layers)
+    return kv_heads * max(max(layer.heads.counts) for layer in layers), kv_heads
+
+
+def of_heads(facts: Facts, engine: Engine, ranks: int) -> list[str]:
     """Heads that the ranks cannot share."""
 
     def problem(heads: HeadMap) -> str | None:
@@ -117,6 +124,9 @@ def of_heads(facts: Facts, ranks: int) -> list[str]:
     wrong = together((i, text) for i, text in found if text is not None)
     if wrong or facts.written != PRUNED:
         return wrong
+    queries, _ = widest_heads(facts.layers)
+    if engine == "vllm" and queries % ranks:  # its own check of a configuration
+        return [f"{queries} query heads, into which all layers fit, do not divide by {ranks} ranks"]
     return list(of_moves(facts, [over_ranks(layer.heads, ranks).layout for layer in facts.layers]))
 
 
@@ -188,13 +198,33 @@ def of_schemes(facts: Facts, engine: Engine, ranks: int, kernels: Kernels) -> li
                 found.append((index, f"{unit}: its parts are quantised in different ways"))
             elif schemes[0] is not None:
                 inputs, outputs = _of_rank(facts, index, unit, ranks)
-                checks = [_at_load(schemes[0], inputs, outputs, ranks, unit)]
-                if kernels != "own":
+                if kernels == "own":
+                    checks = [of_product(schemes[0], inputs, outputs)]
+                else:
+                    checks = [_at_load(schemes[0], inputs, outputs, ranks, unit)]
                     checks.append(_by_name(schemes[0], engine))
                 if kernels == "cuda":
                     checks.append(_in_kernels(schemes[0], engine, inputs, sum(outputs)))
                 found += [(index, f"{unit}: {text}") for check in checks for text in check]
     return together(found)
+
+
+def of_product(scheme: LinearScheme, inputs: int, outputs: Sequence[int]) -> Iterator[str]:
+    """What slmperf's own product in an engine does not take: of a layer's inputs and of the outputs
+    of each part of it that one rank has."""
+    spec, activations = scheme.weights, scheme.activations
+    rows, columns = spec.block or (1, spec.group_of(inputs))
+    if inputs % columns:
+        yield f"{inputs} inputs per rank, wanted whole groups of {columns}"
+    if activations is not None and activations.strategy == "group" and inputs % GROUP:
+        yield f"{inputs} inputs per rank, of which {GROUP} share a scale"
+    for size in dict.fromkeys(outputs):
+        if size % rows:
+            yield f"{size} outputs per rank, wanted whole blocks of {rows}"
+    if scheme.packed and 32 % spec.bits:
+        yield f"codes of {spec.bits} bits, wanted 2, 4 or 8"
+    elif scheme.packed:
+        yield from _words(spec, inputs, outputs)
 
 
 def _of_rank(facts: Facts, index: int, unit: str, ranks: int) -> tuple[int, list[int]]:
@@ -235,12 +265,17 @@ def _at_load(
     group = spec.group_of(inputs)
     if group and inputs % group:
         yield f"{inputs} inputs per rank, wanted whole groups of {group}"
-    if not scheme.packed:
-        return
+    if scheme.packed:
+        yield from _words(spec, inputs, outputs)
+
+
+def _words(spec: WeightSpec, inputs: int, outputs: Sequence[int]) -> Iterator[str]:
+    """Packed codes that would be parted between ranks within a word."""
     words = 32 // spec.bits if 32 % spec.bits == 0 else 32
     if inputs % words:
         yield f"{inputs} inputs per rank, wanted whole words of {words} codes"
-    if not spec.symmetric and any(size % words for size in outputs):
+    of_rows = not spec.symmetric and spec.group_size is not None
+    if of_rows and any(size % words for size in outputs):
         yield f"{outputs} outputs per rank, wanted whole words of {words} zero points"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from slmperf.check import InputError
 from slmperf.models.engines.decilm import decilm_layouts, decilm_neurons
 from slmperf.models.engines.facts import DECILM, ENGINES, PRUNED, Engine, Facts, facts_of
-from slmperf.models.engines.layout import HeadLayout
+from slmperf.models.engines.layout import HeadLayout, either
 from slmperf.models.engines.linear import NAME
 from slmperf.models.engines.rules import (
     NAMES,
@@ -56,8 +56,8 @@ def reasons(
     ranks   the tensor-parallel size
     plugin  whether slmperf is installed beside the engine
     dtype   what the engine is started with ("float32"); None: its own choice
-    quantization  "slmperf": quantised layers are the plug-in's, slower, but of any size; None: the
-                  engine's
+    quantization  "slmperf": quantised layers are the plug-in's, slower, but of sizes that no kernel
+                  takes (`rules.of_product`); None: the engine's
     Raises InputError for a configuration that is wrong in itself.
     """
     if engine not in ENGINES:
@@ -68,7 +68,7 @@ def reasons(
     found = list(of_class(facts, engine, plugin))
     if found:  # no class: what its layers want says nothing
         return found
-    found += of_heads(facts, ranks)
+    found += of_heads(facts, engine, ranks)
     found += together(
         (i, f"{layer.intermediate_size} neurons do not divide by {ranks} ranks")
         for i, layer in enumerate(facts.layers)
@@ -108,7 +108,14 @@ def check_served(
     if not here(plugin=plugin, quantization=quantization):  # but for the dtype
         near = ["--dtype bfloat16", f"--quantization {NAME} with the plug-in (slower)"]
     else:
-        near = nearest(facts, engine=engine, ranks=ranks, plugin=plugin, device=device)
+        near = nearest(
+            facts,
+            engine=engine,
+            ranks=ranks,
+            plugin=plugin,
+            device=device,
+            quantization=quantization,
+        )
     raise refusal(what, engine, found, near)
 
 
@@ -120,29 +127,40 @@ def refusal(what: str, engine: Engine, found: Sequence[str], near: Sequence[str]
 
 
 def served_ranks(
-    model: Model, *, engine: Engine, plugin: bool = False, device: Device = "cuda"
+    model: Model,
+    *,
+    engine: Engine,
+    plugin: bool = False,
+    device: Device = "cuda",
+    quantization: str | None = None,
 ) -> list[int]:
     """The tensor-parallel sizes at which the engine serves a checkpoint, as it is."""
     facts = model if isinstance(model, Facts) else facts_of(model)
     most = max(layer.heads.query_heads for layer in facts.layers)
-    return [
-        ranks
-        for ranks in range(1, most + 1)
-        if not reasons(facts, engine=engine, ranks=ranks, plugin=plugin, device=device)
-    ]
+    here = partial(reasons, facts, engine=engine, plugin=plugin, device=device)
+    return [n for n in range(1, most + 1) if not here(ranks=n, quantization=quantization)]
 
 
-def nearest(facts: Facts, *, engine: Engine, ranks: int, plugin: bool, device: Device) -> list[str]:
+def nearest(
+    facts: Facts,
+    *,
+    engine: Engine,
+    ranks: int,
+    plugin: bool,
+    device: Device,
+    quantization: str | None = None,
+) -> list[str]:
     """Changes to a refused checkpoint, or to how it is served, of which each is enough."""
+    how: dict[str, Any] = {"engine": engine, "device": device, "quantization": quantization}
 
     def served(changed: Facts, with_plugin: bool) -> bool:
-        return not reasons(changed, engine=engine, ranks=ranks, plugin=with_plugin, device=device)
+        return not reasons(changed, ranks=ranks, plugin=with_plugin, **how)
 
     found = []
-    sizes = served_ranks(facts, engine=engine, plugin=plugin, device=device)
+    sizes = served_ranks(facts, plugin=plugin, **how)
     if sizes:
-        found.append("1 rank" if sizes == [1] else f"{_either(sizes)} tensor-parallel ranks")
-    multiple = neuron_multiple(facts, engine=engine, ranks=ranks, plugin=plugin, device=device)
+        found.append("1 rank" if sizes == [1] else f"{either(sizes)} tensor-parallel ranks")
+    multiple = neuron_multiple(facts, ranks=ranks, plugin=plugin, **how)
     if multiple and not served(facts, plugin):
         found.append(
             f"neurons in multiples of {multiple}, to which `slmperf export --pad` fills them up"
@@ -158,8 +176,8 @@ def nearest(facts: Facts, *, engine: Engine, ranks: int, plugin: bool, device: D
         found.append("slmperf installed beside the engine (its plug-in)")
     elif facts.written not in (PRUNED, DECILM) and served(as_pruned(facts), True):
         found.append("what `slmperf export` writes for the plug-in")
-    own = partial(reasons, plugin=True, quantization=NAME)
-    if facts.quantized and not own(facts, engine=engine, ranks=ranks, device=device):
+    own = how | {"quantization": NAME}
+    if own != how and facts.quantized and not reasons(facts, ranks=ranks, plugin=True, **own):
         found.append(f"--quantization {NAME} with the plug-in (slower)")
     if facts.written != DECILM:
         with contextlib.suppress(InputError):
@@ -169,16 +187,23 @@ def nearest(facts: Facts, *, engine: Engine, ranks: int, plugin: bool, device: D
 
 
 def neuron_multiple(
-    facts: Facts, *, engine: Engine, ranks: int, plugin: bool, device: Device
+    facts: Facts,
+    *,
+    engine: Engine,
+    ranks: int,
+    plugin: bool,
+    device: Device,
+    quantization: str | None = None,
 ) -> int | None:
     """The smallest multiple of the ranks of which any number of neurons is served; None: no such
     one, or experts, which stay as they are."""
     if facts.family == "mixtral":
         return None
+    here = partial(reasons, engine=engine, ranks=ranks, plugin=plugin, device=device)
     for multiple in (ranks * 2**power for power in range(11)):
         layers = tuple(LayerSizes(multiple, layer.heads) for layer in facts.layers)
         once = replace(facts, layers=layers)
-        if not reasons(once, engine=engine, ranks=ranks, plugin=plugin, device=device):
+        if not here(once, quantization=quantization):
             return multiple
     return None
 
@@ -209,8 +234,3 @@ def as_decilm(
             if not found:
                 return filled, layouts
     raise InputError(found[0])
-
-
-def _either(numbers: Sequence[int]) -> str:
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} or {last}" if first else last

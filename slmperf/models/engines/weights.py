@@ -15,20 +15,14 @@ from torch import Tensor
 from slmperf.check import InputError
 from slmperf.models.engines.layout import RankLayout, place
 from slmperf.models.layer_sizes import LayerSizes
-from slmperf.models.structure import block_of
+from slmperf.models.structure import FUSED, block_of
 
 # Projections that engines run as one layer: (its name, the part of it).
 STACKED: dict[str, tuple[str, str | int]] = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
+    part: (whole, part[0] if whole == "qkv_proj" else index)
+    for whole, parts in FUSED.items()
+    for index, part in enumerate(parts)
 }
-# And back: its name, the projections in it.
-PARTS: dict[str, list[str]] = {}
-for _name, (_stacked, _) in STACKED.items():
-    PARTS.setdefault(_stacked, []).append(_name)
 _PROJECTIONS = (*STACKED, "o_proj", "down_proj")
 _NEEDED = ("weight", "bias", "weight_packed", "weight_scale")
 
@@ -40,7 +34,7 @@ def sources(parameters: Iterable[str]) -> set[str]:
     for parameter in parameters:
         *block, layer, kind = ["", *parameter.split(".")]
         if kind in _NEEDED:
-            names |= {".".join([*block[1:], part, kind]) for part in PARTS.get(layer, [layer])}
+            names |= {".".join([*block[1:], part, kind]) for part in FUSED.get(layer, (layer,))}
     return names
 
 
@@ -59,6 +53,8 @@ def placed(
     """
     for name, tensor in weights:
         index = block_of(name)
+        if index is not None and index >= len(layers):
+            raise InputError(f"{name}: wanted layers 0 to {len(layers) - 1}, as config.json has")
         parts = name.split(".")
         if index is None or len(parts) < 2 or parts[-2] not in _PROJECTIONS:
             yield name, tensor

@@ -17,6 +17,7 @@ from torch import nn
 from slmperf.check import InputError, one_line
 from slmperf.models.kv_scales import CACHE, attention_modules, has_kv_scales
 from slmperf.models.quantized import LinearScheme, QuantizedLinear
+from slmperf.models.structure import FUSED
 from slmperf.ops.activation_spec import GROUP, ActivationSpec
 from slmperf.ops.weight_spec import WeightSpec
 
@@ -105,10 +106,6 @@ def quantization_config(
     }
 
 
-# What engines run as one layer, and the projections in it; all of one scheme.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
 def _with_fused(names: Iterable[str]) -> list[str]:
     """The names, but where all projections are there that engines run as one layer, in their place
     a pattern of them and of that layer: vLLM looks for the projections, SGLang for the layer.
@@ -118,8 +115,8 @@ def _with_fused(names: Iterable[str]) -> list[str]:
     for name in present:
         last = name.rpartition(".")[2]
         parent = name.removesuffix(last)
-        fused = next((whole for whole, parts in _FUSED.items() if last in parts), None)
-        parts = _FUSED.get(fused or "", ())
+        fused = next((whole for whole, parts in FUSED.items() if last in parts), None)
+        parts = FUSED.get(fused or "", ())
         if fused is None or not all(parent + part in present for part in parts):
             targets.append(name)
         elif last == parts[0]:

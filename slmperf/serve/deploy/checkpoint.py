@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from slmperf.check import InputError
-from slmperf.models.engines.facts import UNITS, Facts, facts_of, fields_of
+from slmperf.models.engines.facts import Facts, facts_of, fields_of
+from slmperf.models.layer_sizes import read_size
 from slmperf.models.quantized import LinearScheme
 from slmperf.models.shapes import Shape
+from slmperf.models.structure import UNITS
+from slmperf.plan.work import bytes_of_weight
 
 _WIDE = 2  # bytes of a value that is not quantised: bfloat16 or float16, as which it is served
 _POSITIONS = 2048  # of a configuration that does not say how many
@@ -80,15 +81,6 @@ class Checkpoint:
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.facts.hidden_size
         return round(found + embeddings * _WIDE / ranks)
 
-    def kv_bytes_per_token(self, engine: str, ranks: int) -> int:
-        """Bytes of keys and values of one token on all GPUs together."""
-        cache = self.facts.cache(ranks)
-        return cache.pool if engine == "sglang" else cache.native
-
-    def wasted_share(self, engine: str, ranks: int) -> float:
-        """Of the cache, what no layer uses: SGLang's has the widest layer's heads in all layers."""
-        return self.facts.cache(ranks).share if engine == "sglang" else 0.0
-
     def _matrices(self, index: int, ranks: int) -> dict[str, tuple[float, float]]:
         """(rows, columns) of a layer's matrices on one rank, by projection."""
         layer, hidden = self.facts.layers[index], self.facts.hidden_size
@@ -106,26 +98,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises InputError for what is no checkpoint of a dense decoder, and for one that contradicts
     itself.
     """
-    fields = fields_of(folder)
-    facts = facts_of(folder)
+    fields, where = fields_of(folder), str(folder / "config.json")
+    facts = facts_of(fields)
+    key = "max_position_embeddings"
     experts = fields.get("num_local_experts") or fields.get("num_experts") or 1
     if experts > 1:
         raise InputError(f"{folder}: wanted a dense model, found a mixture of {experts} experts")
     return Checkpoint(
         folder=folder,
         facts=replace(facts, itemsize=_WIDE),
-        vocabulary=_number(folder, fields, "vocab_size", None),
+        vocabulary=read_size(where, fields, "vocab_size"),
         tied=bool(fields.get("tie_word_embeddings")),
-        positions=_number(folder, fields, "max_position_embeddings", _POSITIONS),
+        positions=read_size(where, {key: _POSITIONS} | fields, key),
         full=facts.itemsize > _WIDE,
     )
-
-
-def _number(folder: Path, fields: Mapping[str, Any], key: str, default: int | None) -> int:
-    found = fields.get(key, default)
-    if type(found) is not int or found < 1:
-        raise InputError(f"{folder / 'config.json'}: {key} is {found!r}, wanted a number >= 1")
-    return found
 
 
 def _planned(scheme: LinearScheme | None) -> str:
@@ -138,9 +124,8 @@ def _planned(scheme: LinearScheme | None) -> str:
 
 
 def _bytes(scheme: LinearScheme | None) -> float:
-    """Bytes of one weight; scales count where neighbours share them, in bfloat16."""
+    """Bytes of one weight."""
     if scheme is None:
         return _WIDE
-    spec = scheme.weights
-    groups = spec.group_size or -1  # None and -1: a scale for many, which is left out
-    return spec.bits / 8 + (_WIDE / groups if groups > 0 else 0)
+    size = scheme.weights.group_size
+    return bytes_of_weight(scheme.weights.bits, None if size == -1 else size)

@@ -34,6 +34,10 @@ def deploy(
         Option(help="Milliseconds until all items are answered, waiting included."),
     ] = None,
     replicas: Annotated[int, Option(help="At least so many.")] = 1,
+    quantization: Annotated[
+        Literal["slmperf"] | None,
+        Option(help="Quantised layers by the plug-in, of any size, slower; else by the engine."),
+    ] = None,
     name: Annotated[
         str, Option(help="In the cluster and at the port; the folder's if empty.")
     ] = "",
@@ -71,6 +75,7 @@ def deploy(
         requests_per_s=requests_per_s,
         target_ttft_ms=target_ttft_ms,
         replicas=replicas,
+        quantization=quantization,
     )
     if name:
         check_name("--name", name)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from slmperf.models.engines.facts import DECILM, Engine
 from slmperf.plan.search import USABLE
 from slmperf.serve.deploy.checkpoint import Checkpoint
-from slmperf.serve.deploy.sizing import Sized, Wanted
+from slmperf.serve.deploy.sizing import GPUS, Sized, Wanted
 
 LOOPBACK = "127.0.0.1"
 PORTS: dict[Engine, int] = {"sglang": 30000, "vllm": 8000}
 ROUTER_PORT, METRICS_PORT = 30080, 29000
-GPUS = 8  # of one machine, at most
 # Tokens of one forward pass of a prefill: what the planner's constants were fitted with, and more
 # than either engine takes on an A100 by itself.
 _CHUNK = 8192
@@ -54,7 +53,7 @@ class Deployment:
     @property
     def local_replicas(self) -> int:
         """Replicas on one machine, the one that the script is for."""
-        return max(1, min(self.sized.replicas, GPUS // self.sized.ranks))
+        return min(self.sized.replicas, GPUS // self.sized.ranks)
 
 
 def serve_line(
@@ -65,6 +64,8 @@ def serve_line(
     shared = ["--served-model-name", deployment.name]
     if checkpoint.full:
         shared += ["--dtype", "bfloat16"]
+    if wanted.quantization is not None:
+        shared += ["--quantization", wanted.quantization]
     if checkpoint.facts.fp8_cache:
         shared += ["--kv-cache-dtype", "fp8_e4m3"]
     if checkpoint.facts.written == DECILM:

@@ -9,7 +9,7 @@ from slmperf.command.terminal import new_table
 from slmperf.models.engines.support import NAMES
 from slmperf.plan.search import USABLE
 from slmperf.serve.deploy.lines import PORTS, Deployment
-from slmperf.serve.deploy.sizing import BUSY, ROOM, Refused, Sized, refused_of
+from slmperf.serve.deploy.sizing import BUSY, GPUS, ROOM, Refused, Sized, refused_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ def table(deployment: Deployment, tried: list[Sized | Refused]) -> Table:
             ">" if one == deployment.sized else "",
             str(one.ranks),
             f"{one.weight_bytes / 1e9:.2f}",
-            f"{one.kv_bytes_per_token / 1e3:.1f}",
+            f"{one.cache.bytes_per_token / 1e3:.1f}",
             f"{one.cached_tokens:,}",
             f"{one.cached_tokens // wanted.context:,}",
             _ms(one.cold),
@@ -84,7 +84,8 @@ def summary(deployment: Deployment) -> list[str]:
         f"{wanted.item_tokens:,} of each its own",
         f"to the last first token of a request on an idle replica: cold {sized.cold:.0f} ms, "
         f"hot {sized.hot:.1f} ms (predicted)",
-        f"cache: {sized.cached_tokens:,} tokens a replica, {sized.kv_bytes_per_token:,} bytes each",
+        f"cache: {sized.cached_tokens:,} tokens a replica, {sized.cache.bytes_per_token:,} bytes "
+        "each",
     ]
 
 
@@ -105,13 +106,18 @@ def _sizing_notes(deployment: Deployment, gpu: LatencyModel) -> list[str]:
             f"cache: prefixes of {members:,} members in all; {cold_rate:g} new ones a second push "
             f"one out after about {members / cold_rate:.0f} s"
         )
-    if sized.wasted_share:
+    if sized.cache.wasted:
         found.append(
-            f"cache: {sized.wasted_share:.0%} of it is zeros, for SGLang's pool has the widest "
+            f"cache: {sized.cache.wasted:.0%} of it is zeros, for SGLang's pool has the widest "
             "layer's key/value heads in all layers; vLLM's has not, and pruning query heads alone "
             "leaves none"
         )
-    if len(checkpoint.schemes) > 1:
+    if wanted.quantization is not None:
+        found.append(
+            f"times: --quantization {wanted.quantization} multiplies weights that it dequantises "
+            "for every pass: counted at the rate of bf16, than which it is no faster"
+        )
+    elif len(checkpoint.schemes) > 1:
         others = ", ".join(checkpoint.schemes[1:])
         found.append(f"times: all matrices counted as {checkpoint.schemes[0]}, {others} too")
     if not all(layer.heads.uniform for layer in checkpoint.facts.layers):
@@ -163,7 +169,7 @@ def _engine_notes(deployment: Deployment) -> list[str]:
     if deployment.local_replicas < sized.replicas:
         found.append(
             f"script: starts {deployment.local_replicas} of the {sized.replicas} replicas, which "
-            "is what a machine with 8 GPUs has room for; the manifest has all"
+            f"is what a machine with {GPUS} GPUs has room for; the manifest has all"
         )
     return found
 

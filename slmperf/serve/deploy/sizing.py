@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from slmperf.check import InputError
-from slmperf.models.engines.facts import Engine
+from slmperf.models.engines.facts import Cache, Engine
 from slmperf.models.engines.support import check_served, reasons
 from slmperf.plan.latency import LatencyModel, Prediction
 from slmperf.plan.search import USABLE
 from slmperf.serve.deploy.checkpoint import Checkpoint
 
-TENSOR_PARALLEL = (1, 2, 4, 8)  # tried where no size is asked for: one machine has 8 GPUs at most
+GPUS = 8  # of one machine, at most: a replica is on one
+TENSOR_PARALLEL = (1, 2, 4, 8)  # tried where no size is asked for
 BUSY = 0.8  # of its time a replica works at most: beyond that, waiting grows without bound
 # Tokens beyond a prompt's that an engine is started with: for an answer of one token, and for the
 # six that SGLang keeps (srt/managers/tp_worker.py).
@@ -40,6 +42,7 @@ class Wanted:
     requests_per_s  None: not said, one replica
     target_ttft_ms  until all prompts of a request are answered, waiting included; None: any
     replicas        at least so many
+    quantization    "slmperf": quantised layers are the plug-in's; None: the engine's
     """
 
     engine: Engine
@@ -50,6 +53,7 @@ class Wanted:
     requests_per_s: float | None = None
     target_ttft_ms: float | None = None
     replicas: int = 1
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for what cannot be asked."""
@@ -92,7 +96,7 @@ class Sized(NamedTuple):
 
     plugin               whether slmperf has to be installed beside the engine
     weight_bytes         of one GPU
-    kv_bytes_per_token   of all GPUs of a replica; wasted_share of it no layer uses
+    cache                keys and values of one token, on all GPUs of a replica
     cached_tokens        that a replica's cache holds
     cold, hot            milliseconds to the last first token of a request on an idle replica
     most_requests_per_s  that one replica answers in time
@@ -103,8 +107,7 @@ class Sized(NamedTuple):
     ranks: int
     plugin: bool
     weight_bytes: int
-    kv_bytes_per_token: int
-    wasted_share: float
+    cache: Cache
     cached_tokens: int
     cold: Prediction
     hot: Prediction
@@ -135,6 +138,12 @@ def size(
         )
     if not math.isfinite(gpu.device_memory_gb):
         raise InputError(f"{gpu.name}: wanted device_memory_gb, the memory of a GPU, found none")
+    if wanted.quantization is not None and not checkpoint.facts.quantized:
+        raise InputError(
+            f"--quantization: {checkpoint.folder} is not quantised, wanted no --quantization"
+        )
+    if ranks is not None and ranks > GPUS:
+        raise InputError(f"--tp: wanted at most the {GPUS} GPUs of a machine, found {ranks}")
     if ranks is not None:  # in the words of the rules, with the nearest that would be served
         check_served(
             str(checkpoint.folder),
@@ -142,6 +151,7 @@ def size(
             engine=wanted.engine,
             ranks=ranks,
             plugin=True,
+            quantization=wanted.quantization,
         )
     tried = [
         _sized(checkpoint, gpu, wanted, one)
@@ -163,14 +173,15 @@ def _sized(
     checkpoint: Checkpoint, gpu: LatencyModel, wanted: Wanted, ranks: int
 ) -> Sized | Refused:
     engine = wanted.engine
-    alone = reasons(checkpoint.facts, engine=engine, ranks=ranks)
-    refused = alone and reasons(checkpoint.facts, engine=engine, ranks=ranks, plugin=True)
+    here = partial(reasons, checkpoint.facts, engine=engine, ranks=ranks)
+    plugin = wanted.quantization is not None or bool(here())
+    refused = here(plugin=True, quantization=wanted.quantization) if plugin else []
     if refused:
         return Refused(ranks, refused[0])
     weights = checkpoint.weight_bytes(ranks)
-    per_token = checkpoint.kv_bytes_per_token(engine, ranks)
+    cache = checkpoint.facts.cache(ranks).of(engine)
     left = gpu.device_memory_gb * 1e9 * USABLE - weights
-    cached = max(0, int(left * ranks // per_token))
+    cached = max(0, int(left * ranks // cache.bytes_per_token))
     if cached < wanted.tokens:
         return Refused(
             ranks,
@@ -182,14 +193,14 @@ def _sized(
         "tensor_parallel": ranks,
         "items": wanted.items,
         "item_tokens": wanted.item_tokens,
-        "scheme": checkpoint.schemes[0],
+        # The plug-in's method multiplies dequantised weights.
+        "scheme": checkpoint.schemes[0] if wanted.quantization is None else "bf16",
     }
     found = Sized(
         ranks=ranks,
-        plugin=bool(alone),
+        plugin=plugin,
         weight_bytes=weights,
-        kv_bytes_per_token=per_token,
-        wasted_share=checkpoint.wasted_share(engine, ranks),
+        cache=cache,
         cached_tokens=cached,
         cold=gpu.prefill_ms(checkpoint.shapes, **asked),
         hot=gpu.prefill_ms(checkpoint.shapes, **asked, hot=True),
