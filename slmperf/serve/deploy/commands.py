@@ -36,7 +36,7 @@ def deploy(
     replicas: Annotated[int, Option(help="At least so many.")] = 1,
     quantization: Annotated[
         Literal["slmperf"] | None,
-        Option(help="Quantised layers by the plug-in, of any size, slower; else by the engine."),
+        Option(help="Quantised layers by the plug-in, slower; else by the engine."),
     ] = None,
     name: Annotated[
         str, Option(help="In the cluster and at the port; the folder's if empty.")
