@@ -206,7 +206,10 @@ def test_what_does_not_fit_is_refused() -> None:
             value_pages=good["value_pages"].to(FP8))  # fmt: skip
     refused("key_scale is torch.float64", key_scale=torch.ones(3, dtype=FP64))
     refused(r"key_scale is \(2,\), expected \(G,\) = \(3,\)", key_scale=torch.ones(2))
-    for name, wrong in (("window", 0), ("split_keys", -1), ("scale", 0.0), ("scale", torch.inf)):
+    for name, wrong in (
+        ("window", 0), ("split_keys", -1), ("longest_query", -1), ("scale", 0.0),
+        ("scale", torch.inf),
+    ):  # fmt: skip
         refused(f"{name} is {wrong}, wanted", **{name: wrong})
     refused("wants a gradient", NotImplementedError, query=good["query"].requires_grad_())
     refused("impl='cuda' on cpu tensors", NotImplementedError, query=good["query"].detach(),

@@ -224,10 +224,13 @@ def paged_attention(
         raise InputError(f"paged_attention: scale is {scale}, wanted a finite number > 0")
     if sizes["P"] == 0:
         raise InputError("paged_attention: key_pages have no slots, wanted 1 or more in a page")
-    numbers = {"window": window, "split_keys": split_keys, "longest_query": longest_query}
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise InputError(f"paged_attention: {name} is {number}, wanted 1 or more, or None")
+    for name, number, least in (
+        ("window", window, 1), ("split_keys", split_keys, 1), ("longest_query", longest_query, 0)
+    ):  # fmt: skip
+        if number is not None and number < least:
+            raise InputError(
+                f"paged_attention: {name} is {number}, wanted {least} or more, or None"
+            )
     if query.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("paged_attention: query wants a gradient, there is none here")
     op = getattr(torch.ops.slmperf.paged_attention, ROUTES.choose(impl, query))
