@@ -19,6 +19,8 @@ from checkpoints import Checkpoint
 from environments import missing
 from processes import Job, Outcome
 
+pytest.register_assert_rewrite("served")  # whose tests the test files import
+
 
 def pytest_sessionstart() -> None:
     """Nothing runs without the environments."""

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 from checkpoints import DTYPE, LABELS, PROMPTS, TOKENS, obstacle
 from environments import DEVICE
-from processes import SHOWN, Job, free_port, post, serving
+from processes import free_port, post, serving
+from served import (  # noqa: F401 - the tests and fixtures that both engines share
+    OWN,
+    SCORE_LIMIT,
+    engine,
+    our_scores,
+    pruned,
+    pytest_generate_tests,
+    stock,
+    test_a_head_of_labels_alone,
+    test_odd_sizes_through_the_engines_kernels,
+    test_refused_with_the_reason,
+    test_with_the_plugin,
+    test_without_the_plugin,
+)
 
-from slmperf.engine import Engine
-from slmperf.models import load
-
-STOCK = [
-    "uniform",
-    "uniform-qwen3",
-    "uniform-w8a8",
-    "uniform-w4a16",
-    "uniform-fp8",
-    "uniform-mixed",
-    "decilm",
-    "decilm-w8a8",
-]
-# Name of a job -> checkpoint, options.
+ENGINE, LOADED = "sglang", "type=PrunedForCausalLM"
 PRUNED = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {}),
@@ -36,7 +37,6 @@ PRUNED = {
     "two ranks, exported": ("exported", {"tp_size": 2}),
     "two ranks, mixed": ("mixed", {"tp_size": 2}),
 }
-OWN = ["own-mixed", "own-asymmetric", "own-static", "own-blocks"]
 PRUNED |= {name: (name, {"quantization": "slmperf"}) for name in OWN}
 PRUNED["own, two ranks"] = ("own-asymmetric", {"quantization": "slmperf", "tp_size": 2})
 # On a GPU with its graphs of decoding; qwen3 has query heads unevenly spread.
@@ -46,9 +46,7 @@ PRUNED |= {
     for backend in BACKENDS
     for which in ("llama", "qwen3")
 }
-ODD = ["odd-w8a8", "odd-w4a16", "odd-fp8"]
-ONLY_LABELS = {"json_model_override_args": json.dumps({"label_token_ids": LABELS})}
-# Name of a job -> checkpoint, options, what the engine says when it stops.
+LABELLED = ("llama", {"json_model_override_args": json.dumps({"label_token_ids": LABELS})})
 REFUSED = {
     "window": ("mistral-window", {}, "sliding windows, which slmperf's plug-in has for vLLM alone"),
     "ranks": (
@@ -142,89 +140,12 @@ for other in (
     )
 
 
-@pytest.fixture(scope="module")
-def stock(run_jobs, checkpoint):
-    jobs = []
-    for name in STOCK:
-        trust = {"trust_remote_code": True} if name.startswith("decilm") else {}
-        jobs.append(Job(name, checkpoint(name, "sglang").folder, trust))
-    return run_jobs("sglang", jobs)
-
-
-@pytest.mark.parametrize("name", STOCK)
-def test_without_the_plugin(stock, checkpoint, name):
-    outcome = stock[name]
-    assert outcome.found is not None, outcome.log[-SHOWN:]
-    checkpoint(name, "sglang").assert_same(outcome.found)
-
-
-@pytest.fixture(scope="module")
-def pruned(run_jobs, checkpoint, site):
-    jobs = [
-        Job(name, checkpoint(which, "sglang").folder, options)
-        for name, (which, options, *_) in (PRUNED | REFUSED).items()
-        if obstacle(which, options) is None
-    ]
-    jobs += [Job(name, checkpoint(name, "sglang").folder) for name in ODD]
-    jobs.append(Job("labels", checkpoint("llama", "sglang").folder, ONLY_LABELS, new_tokens=1))
-    return run_jobs("sglang", jobs, site)
-
-
-@pytest.mark.parametrize("name", PRUNED)
-def test_with_the_plugin(pruned, checkpoint, name):
-    which, options = PRUNED[name]
-    if (reason := obstacle(which, options)) is not None:
-        pytest.skip(reason)
-    outcome = pruned[name]
-    assert outcome.found is not None, outcome.log[-SHOWN:]
-    assert "type=PrunedForCausalLM" in outcome.log
-    checkpoint(which, "sglang").assert_same(outcome.found)
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_sizes_through_the_engines_kernels(pruned, checkpoint, name, record_property):
-    """The results are right; a GPU's kernels may take no such size, which has to be said then."""
-    outcome = pruned[name]
-    record_property("served", outcome.found is not None)
-    if DEVICE == "cuda" and outcome.found is None:
-        assert "InputError" in outcome.log, outcome.log[-SHOWN:]
-        return
-    assert outcome.found is not None, outcome.log[-SHOWN:]
-    checkpoint(name, "sglang").assert_same(outcome.found)
-
-
-def test_two_ranks_say_what_one_says(pruned):
+def test_two_ranks_say_what_one_says(request):
     if (reason := obstacle(*PRUNED["two ranks"])) is not None:
         pytest.skip(reason)
-    one, two = pruned["llama"].found, pruned["two ranks"].found
+    outcomes = request.getfixturevalue("pruned")
+    one, two = outcomes["llama"].found, outcomes["two ranks"].found
     assert [prompt["tokens"] for prompt in one] == [prompt["tokens"] for prompt in two]
-
-
-def test_a_head_of_labels_alone(pruned, checkpoint):
-    """Its two logprobs are those of the labels among themselves, as our engine scores them."""
-    outcome = pruned["labels"]
-    assert outcome.found is not None, outcome.log[-SHOWN:]
-    scores = our_scores(checkpoint("llama", "sglang").folder, [(p[:-2], [p[-2:]]) for p in PROMPTS])
-    limit = 1e-5 if DEVICE == "cpu" else 1e-2
-    for found, (score,) in zip(outcome.found, scores, strict=True):
-        logprobs = dict(found["top"])
-        assert math.exp(logprobs[LABELS[1]]) == pytest.approx(score, abs=limit)
-        assert math.exp(logprobs[LABELS[0]]) == pytest.approx(1 - score, abs=limit)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_the_reason(pruned, name):
-    which, options, said = REFUSED[name]
-    if (reason := obstacle(which, options)) is not None:
-        pytest.skip(reason)
-    assert pruned[name].found is None
-    assert said in pruned[name].log
-
-
-def our_scores(folder: Path, prompts: list[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
-    """P(yes) of each item behind its query, by slmperf's own engine."""
-    engine = Engine(load(folder), (LABELS[0], LABELS[1]))
-    return [engine.score(engine.open(query), items).tolist() for query, items in prompts]
 
 
 def test_scores_over_http(checkpoint, site, tmp_path):
@@ -239,13 +160,12 @@ def test_scores_over_http(checkpoint, site, tmp_path):
         command += ["--disable-overlap-schedule"]
     query, items = PROMPTS[2], [PROMPTS[0], PROMPTS[1], [9]]
     (scores,) = our_scores(model.folder, [(query, items)])
-    limit = 1e-5 if DEVICE == "cpu" else 1e-2
     asked = {"query": query, "items": items, "label_token_ids": LABELS, "apply_softmax": True}
     greedy = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     with serving("sglang", command, tmp_path / "server", site, 180) as address:
         for _ in ("cold", "hot"):
             answer = post(f"{address}/v1/score", asked | {"model": "default"})
-            assert [yes for _, yes in answer["scores"]] == pytest.approx(scores, abs=limit)
+            assert [yes for _, yes in answer["scores"]] == pytest.approx(scores, abs=SCORE_LIMIT)
         answers = post(f"{address}/generate", {"input_ids": PROMPTS, "sampling_params": greedy})
         with router(address, tmp_path / "router") as before:
             body = {"return_logprob": True, "logprob_start_len": -1, "token_ids_logprob": LABELS}
@@ -253,7 +173,7 @@ def test_scores_over_http(checkpoint, site, tmp_path):
             for item, wanted in zip(items, scores, strict=True):
                 found = post(f"{before}/generate", body | {"input_ids": query + item})
                 (no, *_), (yes, *_) = found["meta_info"]["output_token_ids_logprobs"][-1]
-                assert 1 / (1 + math.exp(no - yes)) == pytest.approx(wanted, abs=limit)
+                assert 1 / (1 + math.exp(no - yes)) == pytest.approx(wanted, abs=SCORE_LIMIT)
     if DEVICE == "cpu":
         tokens = [one.tokens for one in model.reference]
         assert [answer["output_ids"] for answer in answers] == tokens
