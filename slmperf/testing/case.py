@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,21 +32,14 @@ class Case(ABC):
     row_axis: ClassVar[dict[str, int]]  # tensor name -> the dimension that counts rows
 
     dtype: torch.dtype
-    draw: ClassVar[int] = 0  # which of the inputs that the case may have
 
     def __str__(self) -> str:
         parts = (getattr(self, field.name) for field in fields(self))
         return "-".join(named(part).removeprefix("torch.").replace(" ", "") for part in parts)
 
     def generator(self, device: str = "cpu") -> torch.Generator:
-        """Random numbers of the device, which depend on the case and its draw alone."""
-        return torch.Generator(device).manual_seed(zlib.crc32(str(self).encode()) + self.draw)
-
-    def drawn(self, draw: int) -> Self:
-        """The same case with other inputs."""
-        other = copy.copy(self)
-        object.__setattr__(other, "draw", draw)  # no field: the case's name stays
-        return other
+        """Random numbers of the device, which depend on the case alone."""
+        return torch.Generator(device).manual_seed(zlib.crc32(str(self).encode()))
 
     @property
     @abstractmethod
