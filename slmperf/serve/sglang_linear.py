@@ -19,37 +19,17 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from slmperf.models.engines.linear import NAME, QuantizedMethod, stored_linear
+from slmperf.models.engines.linear import NAME, QuantizationFields, QuantizedMethod, stored_linear
 
 
-class QuantizationConfig(CompressedTensorsConfig):
+class QuantizationConfig(QuantizationFields, CompressedTensorsConfig):
     """SGLang's reading of a checkpoint, but for its linear layers."""
 
-    fields: dict[str, Any]
     weight_block_size: tuple[int, int] | None = None  # of a layer, in the copy that its method has
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        made = super().from_config(config)
-        made.fields = config
-        return made
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None
-    ) -> str | None:
-        return NAME if user_quant == NAME else None
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    def get_name(self) -> str:
-        return NAME
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if not isinstance(layer, LinearBase):

@@ -21,32 +21,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from slmperf.models.engines.linear import NAME, QuantizedMethod, stored_linear
+from slmperf.models.engines.linear import NAME, QuantizationFields, QuantizedMethod, stored_linear
 
 
-class QuantizationConfig(CompressedTensorsConfig):
+class QuantizationConfig(QuantizationFields, CompressedTensorsConfig):
     """vLLM's reading of a checkpoint, but for its linear layers."""
-
-    fields: dict[str, Any]
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        made = super().from_config(config)
-        made.fields = config
-        return made
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        return NAME if user_quant == NAME else None
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    def get_name(self) -> str:
-        return NAME
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if not isinstance(layer, LinearBase):

@@ -43,6 +43,32 @@ def stored_linear(quantization: Mapping[str, Any], layer: str) -> StoredLinear |
     return first
 
 
+class QuantizationFields:
+    """What the engines' quantisation configs of the method share: stands before the engine's reader
+    of compressed-tensors among the bases, and keeps the fields that it reads."""
+
+    fields: dict[str, Any]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        made = super().from_config(config)  # type: ignore[misc]
+        made.fields = config
+        return made
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        return NAME if user_quant == NAME else None
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    def get_name(self) -> str:
+        return NAME
+
+
 class QuantizedMethod:
     """The three calls that an engine makes of the quantisation method of the layer `name`."""
 
