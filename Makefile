@@ -56,7 +56,7 @@ test-engines: install
 	$(BIN)/python tests/engines/environments.py
 	$(call pytest,1800,tests/engines --junitxml=$(or $(OUT),build)/test-engines.xml)
 
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cuh)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cuh tests/*.cpp)
 
 lint: install
 	$(BIN)/ruff check .

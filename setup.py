@@ -236,8 +236,15 @@ class SourceArchive(sdist):
 
 
 setup(
-    packages=[*find_packages(include=["slmperf", "slmperf.*"]), "slmperf.triton_kernels"],
-    package_dir={"slmperf.triton_kernels": "triton_kernels"},
+    packages=[
+        *find_packages(include=["slmperf", "slmperf.*"]),
+        "slmperf.triton_kernels",
+        "slmperf.cuda_kernels",  # sources, for NVRTC
+    ],
+    package_dir={
+        "slmperf.triton_kernels": "triton_kernels",
+        "slmperf.cuda_kernels": "csrc/cuda/kernels",
+    },
     ext_modules=[Extension("slmperf._C", sources=["csrc/module.cpp"])],
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy, "sdist": SourceArchive},
     options={"build": {"build_base": "build/setuptools"}},

@@ -2,9 +2,10 @@
 
     1 tests    what machine, build and versions this is; pytest -m gpu, each test in a process
     2 owed     the machine's roof, and the rows that targets of bench/targets.toml wait for
-    3.. ops, kd, train, layer, engine, gram, prune, quantize, quantize-model: the benches, the one
-        first whose sources changed last; served: real engines, where `make test-engines
-        ENGINE_DEVICE=cuda` has built their environments
+    3.. ops, kd, train, linear, layer, engine, gram, prune, quantize, quantize-model: the benches,
+        the one first whose sources changed last; served: real engines, where `make test-engines
+        ENGINE_DEVICE=cuda` has built their environments; sanitize: CUDA C++ kernels under
+        compute-sanitizer
 
 Tests come before the rows owed: a row of a kernel that is wrong would settle a target falsely.
 
@@ -46,7 +47,11 @@ BENCHES = {
     "ops": ("slmperf/ops", "triton_kernels", "csrc", "slmperf/bench/ops.py"),
     "kd": ("slmperf/ops/kd_loss", "triton_kernels/kd_loss.py", "slmperf/bench/kd"),
     "train": ("slmperf/ops/kd_loss", "slmperf/distill", "slmperf/bench/train"),
-    "layer": ("slmperf/bench/layer",),
+    "linear": ("slmperf/ops/linear", "triton_kernels/linear_int4.py",
+               "triton_kernels/linear_codes.py", "triton_kernels/linear_tiles.py", "csrc/cuda",
+               "slmperf/bench/linear"),
+    "layer": ("slmperf/bench/layer", "slmperf/ops/linear", "slmperf/ops/rms_norm.py",
+              "slmperf/ops/silu_mul.py"),
     "engine": ("slmperf/engine",),
     "gram": ("slmperf/ops/gram.py", "slmperf/calibrate", "slmperf/bench/gram"),
     "prune": ("slmperf/prune", "slmperf/ops/eliminate.py", "slmperf/bench/prune_model.py"),
@@ -54,6 +59,7 @@ BENCHES = {
                  "triton_kernels/round_columns.py", "slmperf/bench/quantize/layer.py"),
     "quantize-model": ("slmperf/quant", "slmperf/bench/quantize/model.py"),
     "served": ("slmperf/serve", "slmperf/models/engines"),
+    "sanitize": ("csrc/cuda",),
 }  # fmt: skip
 END_S = 10  # a killed process that is still there then hangs in a driver, and is left behind
 GRACE_S = 20  # beyond the budget: for a section that keeps its own time to write down what it has

@@ -7,6 +7,8 @@ Over 400 lines: a plan for every bench, few lines each.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,13 @@ LAYERS = {
     ),
     "cpu": ((("2.4b", "2.1b"), 256, 1, None),),
 }  # fmt: skip
+# One layer in several schemes, of which the first is what the others are compared with: shape,
+# context, sequences of which one token is decoded (0: a prefill).
+LAYER_SCHEMES = "bf16,fp8,w8a8,w4a16"
+LAYERS_IN_SCHEMES = {
+    "cuda": (("2.1b", 8192, (0, 1, 16)),),
+    "cpu": (((2, 128, 4, 2, 32, 128, 96), 64, (0, 2)),),
+}
 # (shape, layers, context, candidates): latencies of the engine with random weights.
 ENGINES = {
     "cuda": (("3b", 28, 4096, 16), ("2.1b", 28, 4096, 16), ("2.1b", 28, 16384, 16)),
@@ -71,6 +80,9 @@ QUANTIZINGS = {
     "cuda": (("8b", "w4a16", 512 * 2048, 2048, 8),),
     "cpu": (((2, 128, 4, 2, 32, 128, 96), "w4a16", 256, 64, 2),),
 }
+# Quantised linear layers: outputs and inputs, and rows; on a GPU those of slmperf.bench.linear.
+LINEARS = {"cuda": None, "cpu": (((64, 128),), (1, 17))}
+SANITIZED = ("tests/test_linear_cuda.py::test_on_a_gpu",)  # tests of CUDA C++ kernels
 # Engines whose tests run; on a CPU `make test-engines` is that.
 SERVED = {"cuda": ("sglang", "vllm"), "cpu": ()}
 # One token in so many is an answer, and whether the student's layers are checkpointed.
@@ -122,6 +134,7 @@ def layer_plan(device):
     A section is named as its row of savings is.
     """
     from slmperf.bench.layer import measure_layers
+    from slmperf.models.shapes import Shape, shape_of
 
     def title(shapes, context, ranks, scheme):
         return (
@@ -148,9 +161,21 @@ def layer_plan(device):
                 * (after.attention_block_us / before.attention_block_us - 1),
             }
 
-    return {
+    def in_schemes(part, facts, shape, context, decodes):
+        for decode in decodes:
+            for layer in measure_layers(
+                [shape], context, decode=decode, scheme=LAYER_SCHEMES, device=device,
+                roof=part.roof(), seconds=part.seconds,
+            ):  # fmt: skip
+                yield from layer.rows()
+
+    plan = {
         title(*one): lambda part, facts, one=one: work(part, facts, *one) for one in LAYERS[device]
     }
+    for shape, context, decodes in LAYERS_IN_SCHEMES[device]:
+        one = shape_of(shape) if isinstance(shape, str) else Shape(*shape), context, decodes
+        plan[f"{one[0]}-{context}-tp1"] = lambda part, facts, one=one: in_schemes(part, facts, *one)
+    return plan
 
 
 def timed(name, samples_ms, least_us):
@@ -335,6 +360,26 @@ def quantize_model_plan(device):
     return plan
 
 
+def linear_plan(device):
+    """Quantised linear layers beside torch's and others' ways, a section per scheme and size."""
+    from slmperf.bench.linear.measure import BENCHED, OURS, ROWS, SHAPES, measure, title
+
+    shapes, rows = LINEARS[device] or (SHAPES[device], ROWS[device])
+
+    def work(part, facts, scheme, shape):
+        refused = facts["refused"] = {}
+        yield from measure(scheme, shape, rows, device, part.roof(), part.seconds / 2, refused)
+        if lines := [f"{row}: {why}" for row, why in refused.items() if row.endswith(OURS)]:
+            raise Failed("\n".join(lines))
+
+    return {
+        title(*one): lambda part, facts, one=one: work(part, facts, *one)
+        for scheme in BENCHED
+        for shape in shapes
+        for one in [(scheme, shape)]
+    }
+
+
 def served_plan(device):
     """tests/engines on real engines, a section each."""
 
@@ -380,6 +425,37 @@ def counted(engine, report):
         }
 
 
+def sanitize_plan(device):
+    """CUDA C++ kernels under compute-sanitizer's tools, a section each."""
+
+    def work(part, facts, tool):
+        homes = filter(None, (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")))
+        places = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes)]
+        sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+        if sanitizer is None:
+            raise Failed("compute-sanitizer is neither on PATH nor in CUDA_HOME")
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m",
+                   "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SANITIZED]  # fmt: skip
+        start, left = time.time(), max(1, part.deadline - time.time())
+        try:
+            done = subprocess.run(command, cwd=ROOT, timeout=left, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        except subprocess.TimeoutExpired as late:
+            raise Failed(f"{tool}: not finished within {left:.0f} s") from late
+        took_us = 1e6 * (time.time() - start)
+        summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout)
+        facts["summary"] = summary
+        if done.returncode or not summary or " passed" not in done.stdout:
+            raise Failed(done.stdout)
+        times = dict.fromkeys(("time_us", "low_us", "high_us"), took_us)
+        yield {"name": f"sanitize {tool}", "errors": 0, "samples": 1, **times}
+
+    tools = ("memcheck", "racecheck", "synccheck") if device == "cuda" else ()
+    return {
+        f"sanitize {tool}": lambda part, facts, tool=tool: work(part, facts, tool) for tool in tools
+    }
+
+
 def worst_of(rows, name):
     """The figures that hold at every number of tokens, as one row; its time is that of the last of
     ours at the most tokens. A figure that one of the rows lacks is left out.
@@ -408,6 +484,7 @@ BENCHES = {
     "ops": ops_plan,
     "kd": kd_plan,
     "train": train_plan,
+    "linear": linear_plan,
     "layer": layer_plan,
     "engine": engine_plan,
     "gram": gram_plan,
@@ -415,4 +492,5 @@ BENCHES = {
     "quantize": quantize_plan,
     "quantize-model": quantize_model_plan,
     "served": served_plan,
+    "sanitize": sanitize_plan,
 }

@@ -118,7 +118,8 @@ def _triton_job(capability, launches_file, cache):
     slmperf, kernels = _package("slmperf"), _package("slmperf.triton_kernels")
     sources = [*(slmperf / "ops").rglob("*.py"), *kernels.glob("*.py"), Path(__file__)]
     names = ("case", "cases", "kd_cases", "kd_family", "battery", "offline", "rounding_cases",
-             "attention_cases")  # fmt: skip
+             "attention_cases", "linear_cases", "glue_cases", "rope_cases")  # fmt: skip
+    sources += [*(slmperf / "ops").rglob("*.toml")]  # linear's tiles
     sources += [slmperf / "testing" / f"{name}.py" for name in names]
     sources += [launches_file] if launches_file else []
     key = _digest(sources, version("triton"), version("torch"), capability)

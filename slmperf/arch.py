@@ -48,6 +48,15 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name", "unknown")
 
 
+def cache_folder() -> Path:
+    """Where what was found out once is kept: $SLMPERF_CACHE, else slmperf in $XDG_CACHE_HOME or
+    ~/.cache."""
+    if own := os.environ.get("SLMPERF_CACHE"):
+        return Path(own)
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "slmperf"
+
+
 def cpu_count() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -10,6 +14,7 @@ from torch import nn
 from slmperf.models.formats.compressed_tensors import write_config
 from slmperf.models.kv_scales import attention_modules, set_kv_scales
 from slmperf.models.quantized import LinearScheme, QuantizedLinear, replace_linear
+from slmperf.ops import linear
 from slmperf.ops.activation_spec import ActivationSpec
 from slmperf.ops.weight_spec import Fp8, Int4, Int8, WeightSpec
 
@@ -22,6 +27,8 @@ SCHEMES = {
     "w4a8": LinearScheme(Int4(group_size=8), ActivationSpec("int", "token")),
     "w8a16": LinearScheme(Int8()),
     "w4a16": LinearScheme(Int4(group_size=8)),
+    "w4a16-32": LinearScheme(Int4(group_size=32)),
+    "w4a16-32-asymmetric": LinearScheme(Int4(group_size=32, symmetric=False)),
     "w4a16-channel": LinearScheme(Int4(group_size=-1)),
     "w4a16-tensor": LinearScheme(Int4(group_size=None)),
     "w4a16-asymmetric": LinearScheme(Int4(group_size=8, symmetric=False)),
@@ -30,16 +37,31 @@ SCHEMES = {
 }
 
 
-def rounded(linear: nn.Linear, scheme: LinearScheme) -> QuantizedLinear:
+def by_reference() -> contextlib.AbstractContextManager[Any]:
+    """Inside the `with` block quantised layers multiply by `linear`'s reference: plain torch, as
+    the readers of their checkpoints do it."""
+    return mock.patch("slmperf.models.quantized.linear", partial(linear, impl="reference"))
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
+    """Logits (B, T, V) within `limit` of the wanted ones, in norm, for half of the tokens, and none
+    far away: where an input falls between two codes, the last bit of a sum before it chooses, and
+    what follows is another token's rounding (the largest input of int8 does, where it is negative:
+    x / scale is -127.5)."""
+    errors = (found - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
+    assert float(errors.median()) <= limit and float(errors.max()) <= max(0.05, 2 * limit)
+
+
+def rounded(dense: nn.Linear, scheme: LinearScheme) -> QuantizedLinear:
     """The layer rounded to the nearest; a static scale of the inputs is invented."""
-    weight, spec = linear.weight.detach(), scheme.weights
+    weight, spec = dense.weight.detach(), scheme.weights
     scales = spec.scales(weight)
     static = scheme.activations is not None and scheme.activations.static
     return QuantizedLinear(
         spec.encode(weight, scales),
         scales.scale,
         scales.zero_point,
-        linear.bias,
+        dense.bias,
         scheme=scheme,
         input_scale=torch.tensor(0.02, dtype=weight.dtype) if static else None,
     )
@@ -48,10 +70,10 @@ def rounded(linear: nn.Linear, scheme: LinearScheme) -> QuantizedLinear:
 def replace(module: nn.Module, scheme: LinearScheme | Mapping[str, LinearScheme]) -> None:
     """Round the linear layers of a model or a block; of a mapping by the last part of the name."""
 
-    def make(name: str, linear: nn.Linear) -> nn.Module | None:
+    def make(name: str, dense: nn.Linear) -> nn.Module | None:
         part = name.rpartition(".")[2]
         own = scheme if isinstance(scheme, LinearScheme) else scheme.get(part)
-        return None if own is None else rounded(linear, own)
+        return None if own is None else rounded(dense, own)
 
     replace_linear(module, make)
 

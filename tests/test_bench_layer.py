@@ -55,17 +55,17 @@ def test_work_has_closed_forms(scheme):
         return (t * k + n * k) * narrow + t * n * wide + (t + n) * scales
 
     moved = {
-        "norms": 2 * (4 * t * d + d) * wide,
+        "norms": 2 * ((3 * t * d + d) * wide + t * d * narrow + t * scales),
         "qkv": product(hc + 2 * gc, d),
         "rope": (2 * t * (hc + gc) + t * SMALL.head_size) * wide,
         "attention": (2 * t * hc + 2 * t * gc) * wide,
         "o": product(d, hc),
         "gate/up": product(2 * f, d),
-        "act": 3 * t * f * wide,
+        "act": 2 * t * f * wide + t * f * narrow + t * scales,
         "down": product(d, f),
     }
     if scales:
-        moved["quantise"] = (2 * d + hc + f) * t * (wide + narrow) + 4 * t * scales
+        moved["quantise"] = hc * t * (wide + narrow) + t * scales
     assert {part.part: part.bytes for part in found.parts} == moved
     assert {part.part: part.flops for part in found.parts if part.flops} == flops
     assert found.block.bytes == sum(moved.values())
@@ -120,7 +120,9 @@ def test_times_rows_and_shares():
         assert row["bytes"] == 2 * TOKENS * SMALL.hidden * 2
         assert row["time_us"] == pytest.approx(row["bytes"] / 100e3)
     wide, narrow = ({part.part: part.bytes for part in layer.parts} for layer in layers)
-    assert narrow["act"] * 2 == wide["act"] and narrow["qkv"] == wide["qkv"]
+    scales = 4 * TOKENS
+    assert (narrow["act"] - scales) * 2 == wide["act"] - scales
+    assert narrow["qkv"] == wide["qkv"]
 
 
 def test_allreduce_of_the_shipped_model():
@@ -240,7 +242,7 @@ def test_schemes_and_dtypes(monkeypatch):
 
 def test_what_cannot_be_measured_is_refused(monkeypatch):
     def check(shape=SMALL, context=64, ranks=1, scheme="bf16", dtype="bf16", device="cpu"):
-        return check_layers([shape], context, ranks, scheme, dtype, device)
+        return check_layers([shape], context, ranks, [(scheme, dtype)], device)
 
     assert check(ranks=2)[0].intermediate == 160
     with pytest.raises(InputError, match="heads is 6, expected a multiple of tensor_parallel 4"):
@@ -249,8 +251,6 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
         check(ranks=0)
     with pytest.raises(InputError, match="context is 0"):
         measure_layer(SMALL, 0)
-    with pytest.raises(InputError, match="gate_up of small at tp 1 is 650 x 384, expected mult"):
-        check(replace(SMALL, intermediate=325), scheme="fp8")
     with pytest.raises(InputError, match=r"need about \d+\.\d GiB, expected at most 85% of the"):
         check(SHAPES["8b"], context=2**24)
     with pytest.raises(InputError, match="bandwidth is 0 GB/s"):
@@ -259,8 +259,6 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(layer_options, "_refusal", lambda scheme, _: refusals.get(scheme, ""))
     with pytest.raises(InputError, match="no such operator; there is: bf16, fp32, fp8, w8a8$"):
         check(scheme="w4a16")
-    with pytest.raises(InputError, match="context is 16, expected more than 16 tokens"):
-        check(scheme="w8a8", device="cuda", context=16)
 
 
 def test_what_torch_holds_for_itself_is_free(monkeypatch):
@@ -291,16 +289,23 @@ def test_the_command(slmperf, tmp_path, hasty):
     out, plot = tmp_path / "layer.json", tmp_path / "layer.png"
     code, text, _ = slmperf(
         *("bench", "layer", "--shape", folders, "--context", "32,64", "--scheme", "w8a8"),
-        *("--device", "cpu", "--out", out, "--plot", plot),
+        *("--decode", "2", "--device", "cpu", "--out", out, "--plot", plot),
     )
     assert code == 0
-    for wanted in ("64 tokens, tp 1, w8a8", "to wide", "attention block", "quantise", "residue"):
+    for wanted in (
+        "64 tokens, tp 1, w8a8",
+        "decode of 2 at 64 tokens, tp 1, w8a8",
+        "to wide",
+        "attention block",
+        "quantise",
+        "residue",
+    ):
         assert wanted in text, wanted
     assert "wide -> narrow, 64 tokens: attention block" in text and "…" not in text
     assert plot.read_bytes()[:4] == b"\x89PNG"
     result = read_results(out)
     assert result["kind"] == "layer" and result["roof"]["copy_gbs"] > 0
-    assert len(result["rows"]) == 2 * 2 * 11
+    assert len(result["rows"]) == 2 * 2 * 2 * 11
     row = next(row for row in result["rows"] if row["name"] == "narrow-64-tp1-w8a8-attention")
     assert row["shape"] == "narrow" and row["context"] == 64 and row["tensor_parallel"] == 1
     assert row["scheme"] == "w8a8" and row["part"] == "attention" and row["roof_share"] > 0
@@ -326,6 +331,8 @@ def test_the_commands_defaults(slmperf, tmp_path, hasty, monkeypatch):
         (["--shape", "9b"], "9b is no known shape (8b, 6.8b"),
         (["--shape", "3b", "--tp", "3"], "kv_heads is 8, expected a multiple of tensor_parallel 3"),
         (["--scheme", "int2"], "scheme is 'int2', expected one of bf16"),
+        (["--scheme", "bf16,bf16"], "scheme is 'bf16,bf16', expected each once"),
+        (["--decode", "0"], "decode is '0', expected numbers of sequences such as 1,16"),
         (["--device", "tpu"], "device is 'tpu', expected auto, cpu or cuda"),
         (["--plot", "layer.doc"], "expected a name that ends in .png"),
         (["--context", "100000k"], "GiB free on"),
@@ -362,7 +369,7 @@ def test_measuring_needs_no_packages_of_the_command_line():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["bf16", "fp8", "w8a8"])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", "w8a8", "w4a16"])
 def test_on_a_gpu(scheme):
     """Parts and block can be timed in graphs, on one rank's share of a pruned shape."""
     refusal = layer_options._refusal(scheme, "cuda")

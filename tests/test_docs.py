@@ -1,4 +1,4 @@
-"""The documents keep their word: README's Python runs, and every path they name is there."""
+"""The documents keep their word: their Python runs, and every path they name is there."""
 
 import re
 import subprocess
@@ -61,11 +61,12 @@ def test_a_path_that_is_not_there_is_found():
     assert named == {"slmperf/nothing.py", "LICENCE.md", "tests/gone"}
 
 
-def test_readme_python_runs(tmp_path):
+@pytest.mark.parametrize("document", ["README.md", "docs/linear.md"])
+def test_python_runs(document, tmp_path):
     """All blocks in order, in one fresh interpreter, as a reader would paste them."""
-    code = "\n".join(python_blocks((ROOT / "README.md").read_text()))
-    assert code.strip(), "README shows no Python"
-    script = tmp_path / "readme.py"
+    code = "\n".join(python_blocks((ROOT / document).read_text()))
+    assert code.strip(), f"{document} shows no Python"
+    script = tmp_path / "shown.py"
     script.write_text(code)
     done = subprocess.run(
         [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False

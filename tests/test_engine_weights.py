@@ -18,8 +18,9 @@ from slmperf.models.engines.layout import RankLayout, over_ranks, place
 from slmperf.models.engines.support import check_served
 from slmperf.models.engines.weights import placed, sources
 from slmperf.models.layer_sizes import LayerSizes
-from slmperf.models.quantized import QuantizedLinear
+from slmperf.models.quantized import LinearScheme, QuantizedLinear
 from slmperf.ops.head_map import HeadMap
+from slmperf.ops.weight_spec import Fp8
 
 HEADS = HeadMap((3, 1, 1, 1, 1, 1, 1, 3))  # on 2 or 4 ranks moved, on 4 with heads of zeros
 WIDTH, SIZE, NEURONS = 16, 8, 12  # D, C, F
@@ -124,7 +125,8 @@ def test_a_layer_that_the_model_has_not_is_refused() -> None:
 
 def test_scales_of_several_heads_are_refused() -> None:
     layers = {name: rounded(layer, SCHEMES["w8a8"]) for name, layer in linears().items()}
-    layers["q_proj"].weight_scale = layers["q_proj"].weight_scale[::16]  # two heads to a block
+    blocks = Fp8(block=(2 * SIZE, WIDTH))  # two heads to a block
+    layers["q_proj"] = rounded(linears()["q_proj"], LinearScheme(blocks))
     as_placed(layers, 1)  # nothing moves
     wanted = "q_proj.weight_scale has 6 rows for 12 heads, .* one by one; wanted .*slmperf export"
     with pytest.raises(InputError, match=wanted):

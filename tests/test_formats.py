@@ -13,18 +13,19 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small_quantized import SCHEMES, quantized
+from small_quantized import SCHEMES, assert_near, by_reference, quantized
 from test_shrink import IDS, logits, made, neurons
 from torch import nn
 
 from slmperf.models import PrunedForCausalLM, QuantizedLinear, load, save, shrink
 from slmperf.models.formats.compressed_tensors import quantization_config, read_schemes
 from slmperf.models.kv_scales import has_kv_scales
+from slmperf.models.quantized import LinearScheme
 
 DTYPES = (torch.float32, torch.bfloat16)
-STOCK = [name for name in SCHEMES if name != "w4a16-asymmetric"]
+STOCK = [name for name in SCHEMES if "asymmetric" not in name]
 SMALL = {"num_hidden_layers": 1}
-# Inputs in groups of 128, and outputs that blocks of 128 do not divide.
+# Inputs in groups of 32 or 128, and outputs that blocks of 128 do not divide.
 BLOCKS = SMALL | {"hidden_size": 256, "intermediate_size": 128}
 BLOCKS |= {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
 
@@ -56,6 +57,19 @@ def same_files(first: Path, second: Path) -> None:
     assert configs[0] == configs[1]
 
 
+def same_logits(
+    theirs: nn.Module, ours: nn.Module, scheme: LinearScheme, dtype: torch.dtype
+) -> None:
+    """To the bit by the reference, but for inputs in bf16, which they round twice."""
+    wanted = logits(theirs).float()
+    with by_reference():
+        found = logits(ours).float()
+    if dtype == torch.float32 or scheme.activations is None:
+        assert torch.equal(found, wanted)
+    for one in (found, logits(ours).float()):
+        assert_near(one, wanted, 1e-3 if dtype == torch.float32 else 0.1)
+
+
 # ---- who reads what we write
 
 
@@ -64,7 +78,8 @@ def same_files(first: Path, second: Path) -> None:
 def test_reloaded_checkpoints_compute_the_same_logits(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    family, sizes = ("mistral", BLOCKS) if name == "fp8-block" else ("llama-biased", SMALL)
+    wide = name == "fp8-block" or "32" in name
+    family, sizes = ("mistral", BLOCKS) if wide else ("llama-biased", SMALL)
     model = quantized(dense(tmp_path, dtype, family, **sizes), SCHEMES[name], kv_cache=True)
     save(model, None, tmp_path / "quantized")
     back = load(tmp_path / "quantized", dtype=dtype)
@@ -73,7 +88,7 @@ def test_reloaded_checkpoints_compute_the_same_logits(
     save(back, None, tmp_path / "again")
     same_files(tmp_path / "quantized", tmp_path / "again")
     if name in STOCK:
-        assert torch.equal(logits(stock(tmp_path / "quantized", dtype)), logits(model))
+        same_logits(stock(tmp_path / "quantized", dtype), model, SCHEMES[name], dtype)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +101,18 @@ def test_every_family_reloads(family: str, tmp_path: Path) -> None:
     model = (
         small_gemma(family) if family.startswith("gemma") else made(family, intermediate_size=48)
     )
-    save(model.bfloat16(), None, tmp_path / "dense")
-    model = quantized(load(tmp_path / "dense", dtype=torch.bfloat16), mixed, kv_cache=True)
+    save(model, None, tmp_path / "dense")
+    model = quantized(load(tmp_path / "dense"), mixed, kv_cache=True)
     save(model, None, tmp_path / "quantized")
-    back = load(tmp_path / "quantized", dtype=torch.bfloat16)
+    back = load(tmp_path / "quantized")
     assert torch.equal(logits(back), logits(model))
-    read = stock(tmp_path / "quantized", torch.bfloat16)
+    read = stock(tmp_path / "quantized", torch.float32)
     if model.config.tie_word_embeddings:
         assert back.lm_head.weight is back.model.embed_tokens.weight
-    assert torch.equal(logits(read), logits(model))
     start = {"input_ids": IDS[:1, :4], "max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(back.generate(**start), read.generate(**start))  # through the cache
+    with by_reference():
+        assert torch.equal(logits(read), logits(model))
+        assert torch.equal(back.generate(**start), read.generate(**start))  # through the cache
 
 
 def small_gemma(family: str) -> nn.Module:
@@ -127,10 +143,10 @@ def test_shrunk_models_reload(kept: list[int], tmp_path: Path) -> None:
     if type(model) is PrunedForCausalLM:
         assert len(set(kept)) > 1
         return
-    assert torch.equal(logits(stock(tmp_path / "quantized", torch.float32)), logits(model))
+    same_logits(stock(tmp_path / "quantized", torch.float32), model, SCHEMES["w8a8"], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["fp8-static", "w8a8", "w4a16"])
+@pytest.mark.parametrize("name", ["fp8-static", "w8a8", "w4a16", "w4a16-channel"])
 @pytest.mark.parametrize(("stored", "asked"), [DTYPES, DTYPES[::-1]])
 def test_another_dtype_than_the_stored_one(
     name: str, stored: torch.dtype, asked: torch.dtype, tmp_path: Path
@@ -138,8 +154,8 @@ def test_another_dtype_than_the_stored_one(
     save(quantized(dense(tmp_path, stored), SCHEMES[name], kv_cache=True), None, tmp_path / "q")
     back = load(tmp_path / "q", dtype=asked)
     read = stock(tmp_path / "q", asked)
-    assert back.model.layers[0].mlp.up_proj.weight_scale.dtype == asked
-    assert torch.equal(logits(back), logits(read))
+    assert back.model.layers[0].mlp.up_proj.scales.scale.dtype == asked
+    same_logits(read, back, SCHEMES[name], asked)
 
 
 def test_asymmetric_weights_reload_dequantised_in_stock_transformers(
@@ -325,7 +341,11 @@ def test_what_compressed_tensors_exports_comes_back_as_it_was(preset: str, tmp_p
         assert tensor.dtype == ours[name].dtype and tensor.shape == ours[name].shape, name
         assert torch.equal(tensor.view(torch.uint8), ours[name].view(torch.uint8)), name
     if preset != "W4A16_ASYM":
-        torch.testing.assert_close(logits(back), exported, rtol=0, atol=0)
+        with by_reference():
+            found = logits(back)
+        if preset in ("W4A16", "W8A16", "W3A16", "W4A8"):
+            assert torch.equal(found, exported)
+        assert_near(found, exported, 0.1)
 
 
 def export(preset: str, folder: Path) -> torch.Tensor:

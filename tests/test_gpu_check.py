@@ -347,6 +347,13 @@ def test_every_test_marked_gpu_is_among_the_sections(sections, root):
     assert "tests/test_ops.py::test_full_cross_on_device" in collected
 
 
+def test_every_plan_is_a_part(sections):
+    """A bench with a plan is run: its sources are named where the parts come from."""
+    import gpu_check
+
+    assert set(gpu_check.BENCHES) == set(sections.BENCHES)
+
+
 def test_owed_targets_name_a_section_each(sections, report, root):
     """On a GPU the part "owed" takes every owed row, and no other part takes it again."""
     targets = report.owed((root / "bench" / "targets.toml").read_text())

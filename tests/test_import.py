@@ -31,8 +31,10 @@ PUBLIC = {
 }
 # Names beside that list, each with the reason why it is public.
 ADDITIONS = {
-    # The oracles, what kd_loss returns, and the doctor's question.
-    "ops": "divergence_reference kd_loss_reference KDLoss implementations",
+    # The oracles, what kd_loss and rms_norm return, and the doctor's question; inputs rounded once
+    # for several products, and experts' weights as one.
+    "ops": "divergence_reference kd_loss_reference KDLoss RMSNorm implementations quantize_input "
+    "QuantizedInput stack_experts",
     # Section 6 names nothing of the data floor: readers, tasks, the split, prompts, the tokenizer.
     "data": "Interactions read_interactions Prompt read_prompts world Task tasks_for Split split "
     "PromptBuilder TrainingSequence RankingPrompt train_tokenizer prompt_texts training_texts",

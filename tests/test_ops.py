@@ -24,6 +24,7 @@ from slmperf.testing.budget import check_error
 from slmperf.testing.cases import FAMILIES
 from slmperf.testing.interpreter import cure
 from slmperf.testing.pairwise import cross, pairwise
+from slmperf.testing.timing import forward_backward
 
 SEED = 0
 GPU = torch.cuda.is_available()
@@ -163,11 +164,12 @@ def test_no_host_synchronisation(op, impl):
     for case in FAMILIES[op].checked:
         tensors = {name: x.requires_grad_(name in case.differentiable)
                    for name, x in case.tensors("cuda").items()}  # fmt: skip
-        upstream = torch.ones_like(case.run(tensors, impl))  # compiles before the watch begins
-        case.run(tensors, impl).backward(upstream)
+        leaves = [tensors[name] for name in case.differentiable]
+        call = forward_backward(lambda given, case=case: case.run(given, impl), tensors, leaves)
+        call()  # compiles before the watch begins
         torch.cuda.set_sync_debug_mode("error")
         try:
-            case.run(tensors, impl).backward(upstream)
+            call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -199,8 +199,8 @@ def test_every_scheme_comes_back_from_its_checkpoint(
     for row in report.layers:
         layer = model.get_submodule(row.name)
         stored = sum(
-            layer.get_buffer(name).nbytes
-            for name, _ in layer.named_buffers()
+            tensor.nbytes
+            for name, tensor in layer.stored().items()
             if name.removeprefix("weight_") in ("weight", "packed", "scale")
         )
         assert row.bits == 8 * stored / layer.out_features / layer.in_features
@@ -244,7 +244,7 @@ def test_blocks_of_weights_are_each_layer_s_own() -> None:
     for name in ("q", "k", "v"):
         full = f"model.layers.0.self_attn.{name}_proj"
         weight, layer = dense.get_submodule(full).weight, quantised.get_submodule(full)
-        assert layer.weight_scale.shape == (1, 1)
+        assert layer.scales.scale.shape == (1, 1)
         error = relative(weight, layer.dequantized(), gram_of(dense, full, data))
         assert rows[full].relative_error == pytest.approx(error, rel=1e-3) and error < 0.01
 

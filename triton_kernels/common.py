@@ -1,4 +1,5 @@
-"""What several kernels share: the machine as a launcher sees it, and steps of an online softmax."""
+"""What several kernels share: the machine as a launcher sees it, fp8 on GPUs that do not have it,
+steps of an online softmax, and loads of rows."""
 
 from __future__ import annotations
 
@@ -50,6 +51,16 @@ def processors(tensor: torch.Tensor) -> int:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Launch on the tensor's device, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+@triton.jit
+def e4m3(code):
+    """fp8 e4m3 of bytes, in fp16, by arithmetic: an A100 has no such type. The same bits, seven
+    places on, are an fp16 number 2^8 times too small, for its exponents begin 8 lower."""
+    code = code.to(tl.int16)
+    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    value = bits.to(tl.float16, bitcast=True) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit
@@ -105,3 +116,10 @@ def softcapped(x, cap):
     less = expm1_negative(-2.0 * tl.abs(x / cap))
     size = cap * (-less / (2.0 + less))
     return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def load_rows(ptr, row, stride, column, inside):
+    """(rows, columns) numbers in fp32, 0 where they are not inside; rows are `stride` apart."""
+    at = row[:, None] * stride + column[None, :]
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)

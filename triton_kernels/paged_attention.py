@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slmperf.triton_kernels import common
-from slmperf.triton_kernels.common import LOG2_E, LOWEST, configured, on_device
+from slmperf.triton_kernels.common import LOG2_E, LOWEST, configured, e4m3, on_device
 
 
 class Tile(NamedTuple):
@@ -70,16 +70,6 @@ MATRIX_EXEMPT = {
 
 
 @triton.jit
-def _e4m3(code):
-    """fp8 e4m3 of bytes, in fp16, by arithmetic: an A100 has no such type. The same bits, seven
-    places on, are an fp16 number 2^8 times too small, for its exponents begin 8 lower."""
-    code = code.to(tl.int16)
-    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-    value = bits.to(tl.float16, bitcast=True) * 256.0
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-
-
-@triton.jit
 def _slots(
     pages_ptr, of_page, of_slot, of_c, page, slot, inside, C: tl.constexpr, BLOCK_C: tl.constexpr,
     MASKED: tl.constexpr, dtype: tl.constexpr,
@@ -94,7 +84,7 @@ def _slots(
     else:
         found = tl.load(pages_ptr + at)
     if found.dtype == tl.uint8:
-        found = _e4m3(found)
+        found = e4m3(found)
     return found.to(dtype)
 
 
@@ -322,7 +312,7 @@ def paged_attention(
     if splits > 1:
         to = query.new_empty((splits, *query.shape), dtype=torch.float32)
         to_lse = query.new_empty((splits, tokens, heads), dtype=torch.float32)
-    if key_pages.element_size() == 1 and here.capability < 89:  # see _e4m3
+    if key_pages.element_size() == 1 and here.capability < 89:  # see e4m3
         key_pages, value_pages = key_pages.view(torch.uint8), value_pages.view(torch.uint8)
     sizes = {"C": size, "BLOCK_C": max(16, triton.next_power_of_2(size))}
     with on_device(query):

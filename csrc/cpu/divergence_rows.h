@@ -22,14 +22,6 @@ using divergence::Weights;
 constexpr int64_t kBlock = 64 * Vec::width;
 constexpr double kLog2E = 1.4426950408889634;
 
-// Calls f(offset, count) for every vector of [begin, end); count < width in the last one alone.
-template <class F>
-inline void each_vector(int64_t begin, int64_t end, const F& f) {
-  int64_t i = begin;
-  for (; i + Vec::width <= end; i += Vec::width) f(i, int64_t{Vec::width});
-  if (i < end) f(i, end - i);
-}
-
 // Calls f(begin, end) for every block of a row.
 template <class F>
 inline void each_block(int64_t vocabulary, const F& f) {
@@ -43,16 +35,6 @@ inline void each_block(int64_t vocabulary, const F& f) {
 template <class T>
 inline void prefetch_next_block(const T* x) {
   __builtin_prefetch(x + kBlock);
-}
-
-template <class T>
-inline Vec load_up_to(const T* x, int64_t count) {
-  return count == Vec::width ? load(x) : load_part(x, count);
-}
-
-template <class T>
-inline void store_up_to(T* x, Vec a, int64_t count) {
-  count == Vec::width ? store(x, a) : store_part(x, a, count);
 }
 
 // Calls f(Of<kind>{}) for one of the kinds with a teacher.

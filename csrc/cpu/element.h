@@ -11,6 +11,9 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct E4m3 {  // fp8 of 4 exponent and 3 mantissa bits, without infinities
+  uint8_t bits;
+};
 
 // What pads the last, partial vector of a row of logits: minus infinity has weight 0 everywhere.
 template <class T>

@@ -10,7 +10,7 @@
 
 #include "check.h"
 #include "cpu/divergence_args.h"
-#include "cpu/element.h"
+#include "cpu/with_element.h"
 
 namespace slmperf {
 
@@ -29,23 +29,6 @@ inline Kind kind_of(const char* op, const std::string& name) {
                   ", expected forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl or "
                   "total_variation");
   return Kind::total_variation;
-}
-
-// Calls f with a value of the element type.
-template <class F>
-void with_element(const char* op, const char* argument, const Tensor& logits, const F& f) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Float16{});
-    default:
-      STD_TORCH_CHECK(false, op, ": ", argument, " is ",
-                      torch::headeronly::toString(logits.scalar_type()),
-                      ", expected Float, BFloat16 or Half");
-  }
 }
 
 inline void check_student(const char* op, const Tensor& student) {

@@ -1,5 +1,5 @@
 // Vec: as many floats as the instruction set holds. The only intrinsics of the project, but for the
-// bf16 units in half_products_tiles.h.
+// codes in codes.h and the matrix units in tiles.h.
 // Included by each_isa.h once per set; loads widen bf16 and fp16 to fp32, stores round to nearest
 // even.
 //
@@ -251,6 +251,24 @@ void store_part(T* x, Vec a, int64_t count) {
   for (int i = 0; i < count; i++) x[i] = padded[i];
 }
 
+// Calls f(offset, count) for every vector of [begin, end); count < width in the last one alone.
+template <class F>
+inline void each_vector(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + Vec::width <= end; i += Vec::width) f(i, int64_t{Vec::width});
+  if (i < end) f(i, end - i);
+}
+
+template <class T>
+inline Vec load_up_to(const T* x, int64_t count) {
+  return count == Vec::width ? load(x) : load_part(x, count);
+}
+
+template <class T>
+inline void store_up_to(T* x, Vec a, int64_t count) {
+  count == Vec::width ? store(x, a) : store_part(x, a, count);
+}
+
 // x = n + r with n an integer and |r| <= 1/2, exactly, and 2^r - 1 = r times a minimax polynomial.
 struct PowerOf2 {
   Vec n, fraction_minus_1;
@@ -308,3 +326,5 @@ inline Vec log(Vec x) {
 }
 
 }  // namespace slmperf::SLMPERF_ISA
+
+#include "cpu/codes.h"

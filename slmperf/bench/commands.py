@@ -10,6 +10,7 @@ import typer
 
 from slmperf.bench.gram.command import gram
 from slmperf.bench.kd.command import kd
+from slmperf.bench.linear.command import linear
 from slmperf.bench.osscar.command import osscar
 from slmperf.bench.quantize.command import quantize
 from slmperf.bench.train.command import train
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(gram)
 app.command()(kd)
+app.command()(linear)
 app.command()(osscar)
 app.command()(quantize)
 app.command()(train)
@@ -172,8 +174,16 @@ def layer(
         typer.Option(help="Tokens of the prefill, k = 1024; 4k,16k,32k on a GPU, less on a CPU."),
     ] = None,
     tp: Annotated[int, typer.Option(help="Ranks; the share of one of them is timed.")] = 1,
+    decode: Annotated[
+        str | None,
+        typer.Option(help="Also decode steps of so many sequences of the context, such as 1,16."),
+    ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="bf16, fp32, fp8, w8a8 or w4a16; the dtype's if not given.")
+        str | None,
+        typer.Option(
+            help="bf16, fp32, fp8, w8a8, w4a16, or several, such as bf16,w4a16, which are compared "
+            "with the first; the dtype's if not given."
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -187,10 +197,11 @@ def layer(
     out: Annotated[Path | None, typer.Option(help="Write the rows there, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw stacked bars (.png, .svg, .pdf).")] = None,
 ) -> None:
-    """Time one Transformer block part by part, and whole: random weights, batch 1, a prefill.
+    """Time one Transformer block part by part, and whole: random weights, a prefill of batch 1, and
+    decode steps.
 
-    Prints for each context the shapes side by side, the change to the first, and for each part the
-    work and its share of this machine's roof. The all-reduces of --tp ranks are simulated.
+    Prints for each context shapes and schemes side by side, the change to the first, and for each
+    part the work and its share of this machine's roof. The all-reduces of --tp ranks are simulated.
     """
     from rich.console import Console
 
@@ -202,13 +213,15 @@ def layer(
     where = results.check_device(device)
     results.check_files(out, plot)
     shapes = options.parse_shapes(shape)
-    scheme, dtype = options.choose_scheme(scheme, dtype, where)
+    schemes = options.choose_schemes(scheme, dtype, where)
     if context is None:
-        contexts = options.default_contexts(where, scheme)
+        contexts = options.default_contexts(where, schemes)
     else:
         contexts = options.parse_contexts(context)
-    for tokens in contexts:  # all of it first: nothing is measured in vain
-        options.check_layers(shapes, tokens, tp, scheme, dtype, where)
+    steps = (0, *(() if decode is None else options.parse_decode(decode)))  # 0: the prefill
+    works = [(tokens, sequences) for sequences in steps for tokens in contexts]
+    for tokens, sequences in works:  # all of it first: nothing is measured in vain
+        options.check_layers(shapes, tokens, tp, schemes, where, sequences)
         measure.allreduce(shapes[0], tokens, tp, allreduce_gbs)
     if where == "cpu" and context is None:
         typer.echo(
@@ -217,22 +230,24 @@ def layer(
         )
     top = measured_roof(where)
     found = []
-    for tokens in contexts:
+    for tokens, sequences in works:
         new = measure.measure_layers(
             shapes,
             tokens,
             tensor_parallel=tp,
+            decode=sequences,
             scheme=scheme,
             dtype=dtype,
             device=where,
             roof=top,
             allreduce_gbs=allreduce_gbs,
         )
-        for one in new:
-            typer.echo(f"{tokens} tokens, {one.shape}: {one.layer_us / 1e3:.4g} ms a layer")
+        for one, name in zip(new, report.labels(new), strict=True):
+            typer.echo(f"{one.work}, {name}: {one.layer_us / 1e3:.4g} ms a layer")
         found += new
-    # A pipe has no width: as much as the shapes need.
-    console = Console(width=None if sys.stdout.isatty() else 40 + 40 * len(shapes))
+    # A pipe has no width: as much as the columns need.
+    columns = len(shapes) * len(schemes)
+    console = Console(width=None if sys.stdout.isatty() else 40 + 40 * columns)
     for table in report.tables(found):
         console.print(table)
     for line in report.lines(found):

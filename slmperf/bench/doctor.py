@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from slmperf import _C, __version__, arch, ops
+from slmperf.ops.linear import table
 
 
 def facts() -> dict[str, dict[str, Any]]:
@@ -33,6 +34,7 @@ def facts() -> dict[str, dict[str, Any]]:
             "cuda": f"{arch.cuda_name()}, sm_{capability[0]}{capability[1]}"
             if capability
             else "no device",
+            "linear": table.described(),
             "system": platform.platform(terse=True),
         },
         "packages": {"python": platform.python_version()}

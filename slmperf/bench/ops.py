@@ -235,6 +235,8 @@ def _results(case: Case, given: Tensors, run: Run, mean: bool = False) -> list[T
     generator = case.generator(str(value.device.type))
     upstream = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
     leaves = [given[name] for name in case.differentiable]
+    if not leaves:
+        return [value]
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
 
 
@@ -276,7 +278,7 @@ def _rows(
             host_us=host_us(calls[name][0], device) if ways[name].graph else None,
             gbs=case.bytes / time.time_us * 1e-3,
             tflops=case.flops / time.time_us * 1e-6 if case.flops else None,
-            roof_share=roof.share(case.bytes, case.flops, case.dtype, time.time_us),
+            roof_share=roof.share(case.bytes, case.flops, case.product_dtype, time.time_us),
             baseline=_name(case, baseline),
             yardstick=_name(case, "reference"),
             speedup=baselines[baseline] / time.time_us,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import platform
 import re
 import time
@@ -198,12 +197,8 @@ def roof_table(now: Roof, before: Roof | None) -> Table:
 
 
 def cache_file() -> Path:
-    """$SLMPERF_CACHE/roof.json, else slmperf/roof.json in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("SLMPERF_CACHE")
-    if own:
-        return Path(own) / "roof.json"
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "slmperf" / "roof.json"
+    """Where roofs are kept between runs."""
+    return arch.cache_folder() / "roof.json"
 
 
 def _kept() -> list[Roof]:

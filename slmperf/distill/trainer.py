@@ -106,8 +106,12 @@ class DistillationTrainer(Trainer):
         for name in ("eval", "save", "logging"):
             _in_steps(args, name, batches)
         if peft_config is not None:
-            from peft import get_peft_model
+            from peft import LoraConfig, get_peft_model
 
+            from slmperf.models.lora import on_quantized
+
+            if isinstance(peft_config, LoraConfig):
+                on_quantized(peft_config)
             model = get_peft_model(model, peft_config)
         use_cache = model.config.use_cache
         offloaded = None

@@ -156,11 +156,18 @@ def parameters(model: nn.Module) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a checkpoint of the model holds, tied ones counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.element_size()
-        for tensor in model.state_dict().values()
-    }
-    return sum(storages.values())
+    held: dict[int, int] = {}
+    coded = 0
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, QuantizedLinear):  # whose buffers are stored in another form
+            coded += sum(one.nbytes for one in module.layout().values())
+        else:
+            computed = module._non_persistent_buffers_set
+            buffers = module.named_buffers(recurse=False)
+            own |= {name: one for name, one in buffers if name not in computed}
+        held |= {one.untyped_storage().data_ptr(): one.nbytes for one in own.values()}
+    return coded + sum(held.values())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,11 @@
     kd_loss         distillation loss from hidden states and heads, no logits held: (T, D), (V, D)
     gram            the lower half of X'X, added up in fp64: (n, d) -> (d, d)
     eliminate       the pivots of structured pruning's factorisation: (d, d) x 2 -> (steps,)
+    linear          x W' + bias with a plain, fp8, int8 or int4 weight: (..., K), (N, K) -> (..., N)
+    rms_norm        (residual +) RMS norm, its output rounded or not: (..., D), (D,) -> (..., D)
+    silu_mul        silu(gate) * up, rounded or not: (..., F) x 2 -> (..., F)
+    rope_write      rotary embedding, and keys and values into cache pages
+    quantize_input  inputs of low-precision products, rounded once for several: (..., K)
     paged_attention causal attention over pages of keys and values: (T, H, C) -> (T, H, C)
 
 HeadMap says which key/value head each query head reads, where they do not read as many each.
@@ -52,14 +57,31 @@ from slmperf.ops.kd_loss import (
     kd_loss,
     kd_loss_reference,
 )
+from slmperf.ops.linear import (
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    QuantizedInput,
+    linear,
+    quantize_input,
+    stack_experts,
+)
 from slmperf.ops.paged_attention import paged_attention
+from slmperf.ops.rms_norm import RMSNorm, rms_norm
+from slmperf.ops.rope_write import rope_write
 from slmperf.ops.routing import implementations
+from slmperf.ops.silu_mul import silu_mul
 
 __all__ = [
     "JSD",
     "ForwardKL",
+    "Fp8Weight",
     "HeadMap",
+    "Int4Weight",
+    "Int8Weight",
     "KDLoss",
+    "QuantizedInput",
+    "RMSNorm",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
@@ -73,5 +95,11 @@ __all__ = [
     "implementations",
     "kd_loss",
     "kd_loss_reference",
+    "linear",
     "paged_attention",
+    "quantize_input",
+    "rms_norm",
+    "rope_write",
+    "silu_mul",
+    "stack_experts",
 ]

@@ -21,6 +21,7 @@ from slmperf.check import InputError
 GROUP = 128  # inputs that share a scale where the strategy is "group"
 
 _FP8_HIGHEST = 448.0
+_CODES = {"int": torch.int8, "float": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,37 @@ class ActivationSpec:
         input_scale  one number, floating: for "tensor", and only for it
         Raises InputError where "group" does not divide D.
         """
+        parts = self._parts(x)
+        scale = self._scale(parts, input_scale)
+        return (self._codes(parts, scale).to(x.dtype) * scale).view(x.shape)
+
+    def encode(self, x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes (..., D), int8 or float8_e4m3fn, and their scales in x's dtype: (..., 1) of a
+        token, (..., D / 128) of groups, the given one otherwise; as `fake_quantized`."""
+        parts = self._parts(x)
+        scale = self._scale(parts, input_scale)
+        codes = self._codes(parts, scale).to(_CODES[self.kind]).view(x.shape)
+        return codes, scale.flatten(-2) if self.strategy == "group" else scale
+
+    def _parts(self, x: Tensor) -> Tensor:
+        """x, its last dimension cut into what shares a scale."""
+        if self.strategy != "group":
+            return x
+        if x.shape[-1] % GROUP:
+            raise InputError(f"activations: groups of {GROUP} do not divide {x.shape[-1]} inputs")
+        return x.unflatten(-1, (-1, GROUP))
+
+    def _scale(self, x: Tensor, input_scale: Tensor | None) -> Tensor:
+        """(..., 1) for x (..., D): the scale that reaches the largest value; 0 becomes epsilon."""
         if self.static:
             if input_scale is None:
                 raise InputError("input_scale: wanted one for strategy 'tensor', found none")
-            return self._rounded(x, input_scale.to(x.dtype))
-        if self.strategy == "token":
-            return self._rounded(x, self._scale(x))
-        if x.shape[-1] % GROUP:
-            raise InputError(f"activations: groups of {GROUP} do not divide {x.shape[-1]} inputs")
-        parts = x.unflatten(-1, (-1, GROUP))
-        return self._rounded(parts, self._scale(parts)).flatten(-2)
-
-    def _scale(self, x: Tensor) -> Tensor:
-        """(..., 1) for x (..., D): the scale that reaches the largest value; 0 becomes epsilon."""
+            return input_scale.to(x.dtype)
         # A tensor, because a GPU multiplies by the reciprocal of a Python number instead.
         top = torch.full((), (self.highest - self.lowest) / 2, dtype=x.dtype, device=x.device)
         scale = x.abs().amax(-1, keepdim=True) / top
         return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
 
-    def _rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         codes = (x / scale).clamp(self.lowest, self.highest)
-        if self.kind == "int":
-            return codes.round() * scale
-        return codes.to(torch.float8_e4m3fn).to(x.dtype) * scale
+        return codes.round() if self.kind == "int" else codes.to(torch.float8_e4m3fn)

@@ -33,13 +33,24 @@ def _load_native() -> str:
     return ""
 
 
+def _find_cuda_kernels() -> str:
+    """How kernels in CUDA C++ come: "built in" to _ops.so, by "NVRTC" at first use, or "" not."""
+    if not MISSING["native"] and hasattr(torch.ops.slmperf, "linear_int4_launch"):
+        return "built in"
+    return "NVRTC" if find_spec("cupy") else ""
+
+
 # Why an implementation cannot run here, by what it needs; found once, at import, so that routing is
 # table look-ups alone and a compiler can trace it.
-MISSING: Mapping[str, str] = {
+MISSING: dict[str, str] = {
     "": "",
     "native": _load_native(),
     "triton": "" if find_spec("triton") else "triton is not installed",
 }
+CUDA_KERNELS = _find_cuda_kernels()
+MISSING["cuda"] = (
+    "" if CUDA_KERNELS else "built without nvcc, and CuPy is not installed (slmperf[nvrtc])"
+)
 
 
 @dataclass(frozen=True)
@@ -63,16 +74,20 @@ class Routes:
     auto: Mapping[str, str]
     implementations: Mapping[str, Implementation]
 
+    def takes(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether an implementation can run here and takes a tensor of this device and dtype."""
+        found = self.implementations.get(name)
+        return (
+            found is not None
+            and (not found.devices or tensor.device.type in found.devices)
+            and tensor.dtype in found.dtypes
+            and not MISSING[found.needs]
+        )
+
     def choose(self, impl: str, tensor: torch.Tensor) -> str:
         """Name of the implementation for `impl` and a tensor of this device and dtype."""
         name = self.auto.get(tensor.device.type, "") if impl == "auto" else impl
-        found = self.implementations.get(name)
-        if (
-            found is None
-            or (found.devices and tensor.device.type not in found.devices)
-            or tensor.dtype not in found.dtypes
-            or MISSING[found.needs]
-        ):
+        if not self.takes(name, tensor):
             raise NotImplementedError(self._refusal(impl, tensor))
         return name
 
@@ -131,11 +146,12 @@ def _state(entry: Implementation) -> str:
         return MISSING[entry.needs]
     if entry.needs == "native" and "cpu" in entry.devices:
         return f"ready ({cpu_isa()})"
+    kernels = f"kernels {CUDA_KERNELS}" if entry.needs == "cuda" else ""
     if "cuda" in entry.devices and not torch.cuda.is_available():
         if interpreted() and "cpu" in entry.devices:
             return "ready (interpreted)"
-        return "no CUDA device"
-    return "ready"
+        return f"no CUDA device ({kernels})" if kernels else "no CUDA device"
+    return f"ready ({kernels})" if kernels else "ready"
 
 
 torch.library.define("slmperf::cpu_isa", "() -> int")

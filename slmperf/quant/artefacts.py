@@ -73,7 +73,7 @@ class Artefacts:
                 "codes": layer.codes,
                 "scale": layer.scales.scale,
                 "zero_point": layer.scales.zero_point,
-                "input_scale": getattr(layer, "input_scale", None),  # where it is fixed
+                "input_scale": layer.input_scale,  # where it is fixed
                 "bias": layer.bias,
             }
             tensors |= {f"{name}.{part}": one for part, one in parts.items() if one is not None}

@@ -8,10 +8,12 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 from slmperf.testing.budget import EPS_FP32
 from slmperf.testing.pairwise import Axes, cross, pairwise
@@ -24,12 +26,37 @@ def named(part: object) -> str:
     return re.sub(r", \w+=False\b", "", str(part))
 
 
+class _Caught(TorchFunctionMode):
+    """Remembers the operator of an op that is called, and its arguments."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = f"slmperf::{op}"
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        if isinstance(function, OpOverload) and function.name().startswith(self.op):
+            self.call = function, args
+        return function(*args, **(kwargs or {}))
+
+
+def called(run: Callable[[], object], op: str) -> tuple[Callable, tuple]:
+    """The registered operator of an op that a call of its public function ends in, and what it is
+    called with."""
+    with _Caught(op) as caught:
+        run()
+    return caught.call
+
+
 @dataclass(frozen=True)
 class Case(ABC):
     """One call of one op. Subclasses add their parameters as fields; the name comes from them."""
 
     op: ClassVar[str]
     row_axis: ClassVar[dict[str, int]]  # tensor name -> the dimension that counts rows
+    # Names of tensors that stay as they are in gold and twin, and in memory: quantised weights.
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     dtype: torch.dtype
 
@@ -44,7 +71,7 @@ class Case(ABC):
     @property
     @abstractmethod
     def differentiable(self) -> tuple[str, ...]:
-        """Names of the tensors that receive a gradient."""
+        """Names of the tensors that receive a gradient; none: forward alone is run."""
 
     @abstractmethod
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
@@ -89,6 +116,11 @@ class Case(ABC):
     def flops(self) -> int:
         """Operations of the matrix products, forward and backward; 0 where there are none."""
         return 0
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the matrix products multiply, for the machine's roof."""
+        return self.dtype
 
     @property
     @abstractmethod

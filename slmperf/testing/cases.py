@@ -26,7 +26,9 @@ from slmperf.ops import (
 )
 from slmperf.ops.divergence import Kind, code_of
 from slmperf.testing.case import BF16, FP16, FP32, Case, Family, named
+from slmperf.testing.glue_cases import GLUE
 from slmperf.testing.kd_family import FAMILY as KD_LOSS
+from slmperf.testing.linear_cases import LINEAR
 
 
 def random_logits(
@@ -237,4 +239,6 @@ FAMILIES = {
         },
     ),
     "kd_loss": KD_LOSS,
+    **LINEAR,
+    **GLUE,
 }

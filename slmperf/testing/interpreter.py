@@ -1,9 +1,10 @@
 """Triton kernels on CPU tensors, with what the interpreter gets wrong put right.
 
 TRITON_INTERPRET=1 runs a kernel in numpy. As it comes (triton 3.6 to 3.9), fp32 -> bf16 truncates
-and -> fp8 loses carries, and `tl.dot` takes bf16 operands for integers; all of it silently.
-`cure()` replaces the casts by torch's and widens the operands. Elementwise bf16 arithmetic stays
-wrong: a kernel casts to fp32 after every load, as ours do.
+and -> fp8 loses carries, and arithmetic and `tl.dot` take bf16 operands for integers; all of it
+silently. `cure()` replaces the casts by torch's and widens the operands of sums, differences,
+products and dots. Other arithmetic on bf16 stays wrong: a kernel casts to fp32 after a load, as
+ours do.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def cure() -> None:
             2: (torch.int16, np.uint16), 1: (torch.uint8, np.uint8)}  # fmt: skip
     convert_float = interpreter._convert_float
     create_dot = interpreter.InterpreterBuilder.create_dot
+    binary_op = interpreter.InterpreterBuilder.binary_op
     execute = interpreter.GridExecutor.__call__
 
     def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
@@ -56,6 +58,13 @@ def cure() -> None:
         data = (x.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
+    def binary(builder: Any, a: Any, b: Any, op: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16 or op not in (np.add, np.subtract, np.multiply):
+            return binary_op(builder, a, b, op)
+        wide = op(widened(a).data, widened(b).data)
+        found = convert(wide, tl.float32, tl.bfloat16, None)
+        return interpreter.TensorHandle(found, tl.bfloat16)
+
     def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
         return create_dot(builder, widened(a), widened(b), *rest)
 
@@ -65,4 +74,5 @@ def cure() -> None:
 
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.binary_op = binary
     interpreter.GridExecutor.__call__ = quietly

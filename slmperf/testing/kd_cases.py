@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 
 from slmperf.ops import (
     KDLoss,
@@ -25,7 +23,7 @@ from slmperf.ops import (
 from slmperf.ops.divergence import Kind, code_of
 from slmperf.ops.kd_loss.heads import Teacher
 from slmperf.testing.budget import EPS_FP32
-from slmperf.testing.case import Case, named
+from slmperf.testing.case import Case, called, named
 
 Tensors = dict[str, Tensor]
 
@@ -103,17 +101,6 @@ def head_logits(head: StudentHead | TeacherHead) -> Tensor:
     """softcap(scale (hidden weight' + bias)) of a head, (T, V)."""
     z = torch.nn.functional.linear(head.hidden, head.weight, head.bias) * (head.scale or 1.0)
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
-
-
-class _Caught(TorchFunctionMode):
-    """Remembers the operator that kd_loss calls, and its arguments."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        if isinstance(function, OpOverload) and function.name().startswith("slmperf::kd_loss"):
-            self.call = function, args
-        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -333,9 +320,7 @@ class KDLossCase(Case):
 
     def operator(self, tensors: Tensors, impl: str) -> tuple[Callable, tuple]:
         """torch.ops.slmperf.kd_loss.<impl>, as the public function calls it."""
-        with _Caught() as caught:
-            self.run(tensors, impl)
-        return caught.call
+        return called(lambda: self.run(tensors, impl), self.op)
 
     # What it costs.
 

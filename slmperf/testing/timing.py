@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,13 +98,17 @@ def rounds_s(
 ) -> dict[str, list[float]]:
     """Seconds per call of every round of each sampler, interleaved: the lists' n-th are neighbours.
 
-    Runs for about `seconds` per sampler, at least 5 rounds.
+    In another order every round: a call that runs hot slows down the one behind it (on a CPU the
+    clock stays low for milliseconds), which is not to be always the same one. Runs for about
+    `seconds` per sampler, at least 5 rounds.
     """
     found: dict[str, list[float]] = {name: [] for name in samplers}
+    order, chance = list(samplers), random.Random(0)
     deadline = time.perf_counter() + seconds * len(samplers)
     while len(min(found.values(), key=len)) < 5 or time.perf_counter() < deadline:
-        for name, sample in samplers.items():
-            found[name].append(sample())
+        chance.shuffle(order)
+        for name in order:
+            found[name].append(samplers[name]())
     return found
 
 
@@ -210,11 +215,13 @@ def peak_mib(call: Call, device: str) -> float:
 def forward_backward(
     run: Callable[[dict[str, Tensor]], Tensor], given: dict[str, Tensor], leaves: Sequence[Tensor]
 ) -> Call:
-    """A call that runs forward and backward on the given tensors and keeps nothing."""
+    """A call that runs forward and, where there are leaves, backward, and keeps nothing."""
     upstream: list[Tensor] = []
 
     def call() -> None:
         result = run(given)
+        if not leaves:
+            return
         if not upstream:
             # One number is a loss: training hands it 1.
             upstream.append(torch.rand_like(result) if result.dim() else torch.ones_like(result))

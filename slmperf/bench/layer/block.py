@@ -3,28 +3,30 @@
 A Llama-like block in the order in which serving engines run it: the residual addition belongs to
 the norm behind it, q, k and v are one matrix, gate and up are one matrix.
 
-    norms       residual += delta; RMSNorm                                    (twice)
+    norms       residual += delta; RMSNorm, and its output rounded          (twice)
     qkv         (T, D) -> (T, (H + 2 G) C)
     rope        q and k turned by their positions
     attention   causal, G key/value heads for H query heads
     o           (T, H C) -> (T, D)
     gate/up     (T, D) -> (T, 2 F)
-    act         silu(gate) * up
+    act         silu(gate) * up, rounded
     down        (T, F) -> (T, D)
-    quantise    activations to fp8 or int8 before each matrix product, one scale per token
+    quantise    o's inputs to fp8 or int8, one scale per token; those of the other products are
+                rounded where they are made
 
 `delta` is what the layer before has computed and not yet added. Of several tensor-parallel ranks
 each runs the block on its slices (`Shape.rank`); the deltas of o and down are then partial sums,
-which an all-reduce adds up. T tokens, D hidden, F intermediate, H query heads, G key/value heads,
-C head size.
+which an all-reduce adds up. A prefill has T tokens of one sequence; a decode step one new token of
+each of T sequences, with a cache of keys and values behind it. T tokens, D hidden, F intermediate,
+H query heads, G key/value heads, C head size.
 
-Every part has one function below: where a fused operator is to take its place, it is put there.
+Every part has one function below, or is an operator of slmperf.ops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,20 +34,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmperf.models.shapes import Shape
+from slmperf.ops import (
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    QuantizedInput,
+    linear,
+    quantize_input,
+    rms_norm,
+    silu_mul,
+)
+from slmperf.ops.activation_spec import ActivationSpec
+from slmperf.ops.weight_spec import Fp8, Int4, Int8
 
 PARTS = ("norms", "qkv", "rope", "attention", "o", "gate/up", "act", "down", "quantise")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EPS = 1e-5
 ROPE_BASE = 500000.0
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 # Columns of a 4-bit weight under one scale: the widest that divides the row.
 INT4_GROUPS = (128, 64, 32)
-
-
-def add_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, D) x 2, (D,) -> the residual with delta added, and its RMSNorm."""
-    residual = residual + delta
-    return residual, F.rms_norm(residual, weight.shape, weight, EPS)
 
 
 def rope(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,100 +71,50 @@ def attention(qk: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1).reshape(tokens, -1)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """(T, 2 F) -> (T, F)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def attention_cached(qk: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One token of each sequence, (T, H + G, C), (T, G, C), (T, G, L, C) twice -> (T, H C): its key
+    and value take the last place of the cache."""
+    q, k = qk.split((qk.shape[1] - v.shape[1], v.shape[1]), dim=1)
+    keys[:, :, -1], values[:, :, -1] = k, v
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True).flatten(1)
 
 
-def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, K) -> float8_e4m3fn codes (T, K) and their scales (T, 1) fp32."""
-    scale = _scale(x, FP8_MAX)
-    return (x / scale).to(torch.float8_e4m3fn), scale
+def _fp8(weight: Tensor) -> Fp8Weight:
+    spec = Fp8()
+    scales = spec.scales(weight)
+    return Fp8Weight.from_codes(spec.encode(weight, scales), scales.scale, ActivationSpec("float"))
 
 
-def quantise_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, K) -> int8 codes (T, K) and their scales (T, 1) fp32."""
-    scale = _scale(x, 127)
-    return (x / scale).round_().to(torch.int8), scale
+def _int8(weight: Tensor) -> Int8Weight:
+    spec = Int8()
+    scales = spec.scales(weight)
+    return Int8Weight.from_codes(spec.encode(weight, scales), scales.scale, ActivationSpec("int"))
 
 
-def _scale(x: Tensor, top: float) -> Tensor:
-    return x.abs().amax(dim=-1, keepdim=True).float().clamp_min_(1e-12) / top
-
-
-def product(dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
-    """(T, K), (N, K) -> (T, N)."""
-    return F.linear(x, weight)
-
-
-def product_fp8(
-    dtype: torch.dtype, x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor
-) -> Tensor:
-    """Codes (T, K) and (N, K), scales (T, 1) and (1, N) -> (T, N) in bf16."""
-    # Sums in the tensor cores' own registers, as serving engines do: a GPU's only difference.
-    return torch._scaled_mm(
-        x, weight.t(), scale_a=scale, scale_b=weight_scale, out_dtype=dtype, use_fast_accum=True
-    )
-
-
-def product_int8(
-    dtype: torch.dtype, x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor
-) -> Tensor:
-    """Codes (T, K) and (N, K), scales (T, 1) and (1, N) -> (T, N); the scaling is a pass of its
-    own over int32 sums, and belongs to the product's time.
-    """
-    return (torch._int_mm(x, weight.t()) * scale).mul_(weight_scale).to(dtype)
-
-
-def product_int4(dtype: torch.dtype, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """(T, K) bf16, packed (N, K/2), scales and zeros (K/group, N, 2) -> (T, N); a CPU's."""
-    group = x.shape[1] // scales.shape[0]
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group, scales)
-
-
-def _pack_fp8(weight: Tensor) -> tuple[Tensor, ...]:
-    codes, scale = quantise_fp8(weight)
-    return codes, scale.t().contiguous()
-
-
-def _pack_int8(weight: Tensor) -> tuple[Tensor, ...]:
-    codes, scale = quantise_int8(weight)
-    return codes, scale.t().contiguous()
-
-
-def _pack_int4(weight: Tensor) -> tuple[Tensor, ...]:
-    rows, columns = weight.shape
-    group = next(size for size in INT4_GROUPS if columns % size == 0)
-    grouped = weight.float().view(rows, -1, group)
-    scale = grouped.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12) / 7
-    codes = (grouped / scale).round_().to(torch.int32).view(rows, columns) + 8
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = scale[:, :, 0].t().to(torch.bfloat16)
-    return packed, torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous()
+def _int4(weight: Tensor) -> Int4Weight:
+    inputs = weight.shape[1]
+    group = next((size for size in INT4_GROUPS if inputs % size == 0), -1)
+    spec = Int4(group_size=group)
+    scales = spec.scales(weight)
+    return Int4Weight.from_codes(spec.encode(weight, scales), scales, group)
 
 
 class Scheme(NamedTuple):
-    """How the four matrix products are computed.
-
-    `pack` turns a weight (N, K) into the tensors that `product` takes after the activations;
-    `quantise` turns activations into codes and scales.
-    """
+    """How the four matrix products are computed: `pack` makes the weight that `linear` takes of a
+    dense one (N, K), and `rate` names the roof's matrix rate."""
 
     dtypes: tuple[str, ...]  # of the activations; the first is what is taken if none is asked for
-    product: Callable[..., Tensor]
-    pack: Callable[[Tensor], tuple[Tensor, ...]]
-    quantise: Callable[[Tensor], tuple[Tensor, Tensor]] | None
-    rate: str  # name of the roof's matrix rate
-    multiple: int  # of which K and N must be multiples
+    pack: Callable[[Tensor], Any]
+    rate: str
+    activations: ActivationSpec | None = None
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "bf16": Scheme(("bf16",), product, lambda weight: (weight,), None, "bf16", 1),
-    "fp32": Scheme(("fp32",), product, lambda weight: (weight,), None, "fp32", 1),
-    "fp8": Scheme(("bf16",), product_fp8, _pack_fp8, quantise_fp8, "fp8", 16),
-    "w8a8": Scheme(("bf16", "fp32"), product_int8, _pack_int8, quantise_int8, "int8", 8),
-    "w4a16": Scheme(("bf16",), product_int4, _pack_int4, None, "bf16", 32),
+    "bf16": Scheme(("bf16",), lambda weight: weight, "bf16"),
+    "fp32": Scheme(("fp32",), lambda weight: weight, "fp32"),
+    "fp8": Scheme(("bf16",), _fp8, "fp8", ActivationSpec("float")),
+    "w8a8": Scheme(("bf16", "fp32"), _int8, "int8", ActivationSpec("int")),
+    "w4a16": Scheme(("bf16",), _int4, "bf16"),
 }
 
 
@@ -212,14 +169,19 @@ class Step(NamedTuple):
 
 
 class Block:
-    """A block (or one rank's share) ready to run on `context` tokens, batch 1.
+    """A block (or one rank's share) ready to run: a prefill of `context` tokens, or a decode step
+    of `sequences`, each with so many tokens, the new one among them.
 
-    tensors   its inputs and weights by name; "residual" and "delta" (T, D) are the inputs
+    tensors   its inputs and weights by name; "residual" and "delta" (T, D) are the inputs, and of a
+              decode step "keys" and "values" (T, G, context, C)
     steps     in order
     """
 
-    def __init__(self, shape: Shape, weights: Weights, context: int, scheme: Scheme) -> None:
+    def __init__(
+        self, shape: Shape, weights: Weights, context: int, scheme: Scheme, sequences: int = 0
+    ) -> None:
         self.shape, self.context, self.scheme = shape, context, scheme
+        self.sequences, self.rows = sequences, sequences or context
         self.dtype = weights.attention_norm.dtype
         device = weights.attention_norm.device
         self.tensors: dict[str, Tensor] = {
@@ -227,36 +189,31 @@ class Block:
             "mlp_norm": weights.mlp_norm,
         }
         half = torch.arange(0, shape.head_size, 2, device=device) / shape.head_size
-        angles = torch.arange(context, device=device)[:, None, None] * ROPE_BASE**-half
+        places = torch.arange(context, device=device)
+        if sequences:
+            places = places[-1:].expand(sequences)
+        angles = places[:, None, None] * ROPE_BASE**-half
         self.tensors["cos"] = angles.cos().to(self.dtype)
         self.tensors["sin"] = angles.sin().to(self.dtype)
-        pairs = context * (context + 1) // 2
+        pairs = sequences * context if sequences else context * (context + 1) // 2
+        attend, cache = (attention_cached, ("keys", "values")) if sequences else (attention, ())
         self.steps = (
-            Step(
-                "norms",
-                add_norm,
-                ("residual", "delta", "attention_norm"),
-                ("attention_residual", "attention_in"),
-            ),
-            *self._linear("qkv", weights.qkv, "attention_in", ("qk_in", "v"), self._heads),
+            self._norm("attention_", ("residual", "delta"), "attention_in"),
+            self._linear("qkv", weights.qkv, "attention_in", ("qk_in", "v"), self._heads),
             Step("rope", rope, ("qk_in", "cos", "sin"), ("qk",)),
             Step(
                 "attention",
-                attention,
-                ("qk", "v"),
+                attend,
+                ("qk", "v", *cache),
                 ("attended",),
                 4 * pairs * shape.heads * shape.head_size,
             ),
-            *self._linear("o", weights.o, "attended", ("attention_delta",)),
-            Step(
-                "norms",
-                add_norm,
-                ("attention_residual", "attention_delta", "mlp_norm"),
-                ("mlp_residual", "mlp_in"),
-            ),
-            *self._linear("gate/up", weights.gate_up, "mlp_in", ("gate_up",)),
-            Step("act", silu_mul, ("gate_up",), ("activated",)),
-            *self._linear("down", weights.down, "activated", ("mlp_delta",)),
+            *self._quantise("attended"),
+            self._linear("o", weights.o, "attended", ("attention_delta",)),
+            self._norm("mlp_", ("attention_residual", "attention_delta"), "mlp_in"),
+            self._linear("gate/up", weights.gate_up, "mlp_in", ("gate_up",)),
+            Step("act", self._activated, ("gate_up",), self._rounded("activated")),
+            self._linear("down", weights.down, "activated", ("mlp_delta",)),
         )
         last = {name: place for place, step in enumerate(self.steps) for name in step.takes}
         made = [name for step in self.steps for name in step.gives]
@@ -266,34 +223,63 @@ class Block:
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """(T, (H + 2 G) C) -> views of q with k (T, H + G, C), and of v (T, G, C)."""
-        heads = qkv.view(self.context, -1, self.shape.head_size)
+        heads = qkv.view(self.rows, -1, self.shape.head_size)
         cut = heads.shape[1] - self.shape.kv_heads
         return heads[:, :cut], heads[:, cut:]
+
+    def _rounded(self, name: str) -> tuple[str, ...]:
+        """The tensors that a product's inputs are, by name."""
+        return (name,) if self.scheme.activations is None else (f"{name} codes", f"{name} scale")
+
+    def _quantise(self, name: str) -> list[Step]:
+        """The step that rounds a product's inputs, where they are not rounded as they are made."""
+        spec = self.scheme.activations
+        if spec is None:
+            return []
+        return [Step("quantise", lambda x: quantize_input(x, spec), (name,), self._rounded(name))]
+
+    def _norm(self, prefix: str, takes: tuple[str, str], gives: str) -> Step:
+        """Add the delta to the residual, and norm it."""
+
+        def run(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            made = rms_norm(
+                delta, weight, eps=EPS, residual=residual, activations=self.scheme.activations
+            )
+            assert made.residual is not None  # one was given
+            output = made.output
+            return made.residual, *((output,) if isinstance(output, Tensor) else output)
+
+        given = (*takes, f"{prefix}norm")
+        return Step("norms", run, given, (f"{prefix}residual", *self._rounded(gives)))
+
+    def _activated(self, gate_up: Tensor) -> Tensor | QuantizedInput:
+        return silu_mul(gate_up, activations=self.scheme.activations)
 
     def _linear(
         self,
         part: str,
-        weight: Tensor,
+        dense: Tensor,
         takes: str,
         gives: tuple[str, ...],
         view: Callable[[Tensor], Any] = lambda out: out,
-    ) -> list[Step]:
-        """The steps of one matrix product; `view` cuts its result up without touching it."""
-        scheme, steps = self.scheme, []
-        inputs: tuple[str, ...] = (takes,)
-        packed = scheme.pack(weight)
-        names = tuple(f"{part} weight {place}" for place in range(len(packed)))
-        self.tensors.update(zip(names, packed, strict=True))
-        if scheme.quantise is not None:
-            inputs = (f"{takes} codes", f"{takes} scale")
-            steps.append(Step("quantise", scheme.quantise, (takes,), inputs))
-        multiply = partial(scheme.product, self.dtype)
+    ) -> Step:
+        """A matrix product; `view` cuts its result up without touching it."""
+        weight = self.scheme.pack(dense)
+        fields = {"": weight} if isinstance(weight, Tensor) else vars(weight)
+        own = {name: one for name, one in fields.items() if isinstance(one, Tensor)}
+        names = tuple(f"{part} weight {name}" for name in own)
+        self.tensors.update(zip(names, own.values(), strict=True))
+        inputs = self._rounded(takes)
 
         def run(*given: Tensor) -> Any:
-            return view(multiply(*given))
+            x: Any = given[0] if len(inputs) == 1 else QuantizedInput(*given[: len(inputs)])
+            tensors = given[len(inputs) :]  # a copy of the weight's
+            if isinstance(weight, Tensor):
+                return view(linear(x, tensors[0]))
+            copied = replace(weight, **dict(zip(own, tensors, strict=True)))
+            return view(linear(x, copied, out_dtype=self.dtype))
 
-        flops = 2 * self.context * weight.numel()
-        return [*steps, Step(part, run, (*inputs, *names), gives, flops)]
+        return Step(part, run, (*inputs, *names), gives, 2 * self.rows * dense.numel())
 
     def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Residual and delta behind the block, each (T, D), from the inputs and weights in
@@ -314,10 +300,14 @@ class Block:
         return known
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random "residual" and "delta" beside the weights: what `run` takes."""
-        size, device = (self.context, self.shape.hidden), self.tensors["cos"].device
-
-        def normal() -> Tensor:
-            return torch.randn(size, dtype=self.dtype, device=device, generator=generator)
-
-        return {**self.tensors, "residual": normal(), "delta": normal()}
+        """Random inputs beside the weights: what `run` takes."""
+        shape, device = self.shape, self.tensors["cos"].device
+        sizes: dict[str, tuple[int, ...]] = {}
+        sizes["residual"] = sizes["delta"] = self.rows, shape.hidden
+        if self.sequences:
+            cache = self.sequences, shape.kv_heads, self.context, shape.head_size
+            sizes["keys"] = sizes["values"] = cache
+        return self.tensors | {
+            name: torch.randn(size, dtype=self.dtype, device=device, generator=generator)
+            for name, size in sizes.items()
+        }

@@ -1,9 +1,11 @@
-"""measure: where the time of one Transformer block goes, part by part, pruned beside unpruned.
+"""measure: where the time of one Transformer block goes, part by part, pruned beside unpruned and
+quantised beside bf16.
 
-A prefill of `context` tokens, batch 1, random weights, of any shape; for tensor parallelism the
-share of one rank. Each part is measured alone, on the tensors that it meets in the block, and the
-block as one call; variants are interleaved, so that a neighbour disturbs all of them alike. The
-all-reduces are not measured but computed, as a ring at a given bandwidth.
+A prefill of `context` tokens, batch 1, or one decode step of several sequences; random weights, of
+any shape; for tensor parallelism the share of one rank. Each part is measured alone, on the tensors
+that it meets in the block, and the block as one call; variants are interleaved, so that a neighbour
+disturbs all of them alike. The all-reduces are not measured but computed, as a ring at a given
+bandwidth.
 
     part             time of the op alone
     sum of parts     of those that were measured
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from slmperf.bench.layer.block import DTYPES, PARTS, SCHEMES, Block, random_weights
-from slmperf.bench.layer.options import check_layers, choose_scheme
+from slmperf.bench.layer.options import check_layers, choose_schemes
 from slmperf.bench.results import check_device
 from slmperf.check import InputError
 from slmperf.models.shapes import Shape, shape_of
@@ -67,11 +69,26 @@ class LayerTime(NamedTuple):
     parts: tuple[PartTime, ...]  # of PARTS, in their order; "quantise" only where there is one
     block: PartTime  # all of them as one call
     allreduce: PartTime  # both of them, simulated
+    decode: int = 0  # sequences of a decode step; 0: a prefill
+    beside: LayerTime | None = None  # the same layer in the first scheme
 
     @property
     def name(self) -> str:
-        """Of its rows: shape, context, ranks and scheme."""
-        return f"{self.shape}-{self.context}-tp{self.tensor_parallel}-{self.scheme}"
+        """Of its rows: shape, context, ranks and scheme, and the sequences of a decode step."""
+        step = f"-decode{self.decode}" if self.decode else ""
+        return f"{self.shape}-{self.context}-tp{self.tensor_parallel}-{self.scheme}{step}"
+
+    @property
+    def work(self) -> str:
+        """In words what the layer does."""
+        if not self.decode:
+            return f"{self.context} tokens"
+        return f"decode of {self.decode} at {self.context} tokens"
+
+    @property
+    def speed(self) -> float | None:
+        """How many times as fast as in the first scheme."""
+        return None if self.beside is None else self.beside.layer_us / self.layer_us
 
     def part_us(self, part: str) -> float:
         """Median of a part, 0 where the layer has none of that name."""
@@ -103,17 +120,21 @@ class LayerTime(NamedTuple):
             "shape": str(self.shape),
             "context": self.context,
             "tensor_parallel": self.tensor_parallel,
+            "decode": self.decode,
             "scheme": self.scheme,
             "dtype": self.dtype,
         }
-        return [
+        rows = [
             {"name": f"{self.name}-{one.part}", **common, **one._asdict()}
             for one in (*self.parts, self.block, self.allreduce)
         ]
+        if self.beside is not None:
+            rows[-2] |= {f"times_{self.beside.scheme}": self.speed}
+        return rows
 
 
-def allreduce(shape: Shape, context: int, ranks: int, gbs: float | None = None) -> PartTime:
-    """A layer's two all-reduces of context x D bf16 numbers, simulated: a ring, no latency.
+def allreduce(shape: Shape, tokens: int, ranks: int, gbs: float | None = None) -> PartTime:
+    """A layer's two all-reduces of tokens x D bf16 numbers, simulated: a ring, no latency.
 
     gbs   what each rank's links carry; that of the shipped model of four H100 if None
     """
@@ -123,7 +144,7 @@ def allreduce(shape: Shape, context: int, ranks: int, gbs: float | None = None) 
         gbs = LatencyModel.preset("h100-paper").allreduce_gbs
     if not gbs > 0:
         raise InputError(f"all-reduce bandwidth is {gbs} GB/s, expected more than 0")
-    moved = 2 * 2 * (ranks - 1) * context * shape.hidden * 2 // ranks
+    moved = 2 * 2 * (ranks - 1) * tokens * shape.hidden * 2 // ranks
     time_us = moved / gbs * 1e-3
     return PartTime(ALLREDUCE, time_us, time_us, time_us, samples=0, bytes=moved, flops=0)
 
@@ -136,11 +157,18 @@ class _Subject:
     """
 
     def __init__(
-        self, rank: Shape, context: int, scheme: str, dtype: str, device: str, seed: int
+        self,
+        rank: Shape,
+        context: int,
+        decode: int,
+        scheme: str,
+        dtype: str,
+        device: str,
+        seed: int,
     ) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         weights = random_weights(rank, DTYPES[dtype], device, generator)
-        self._block = Block(rank, weights, context, SCHEMES[scheme])
+        self._block = Block(rank, weights, context, SCHEMES[scheme], decode)
         inputs = self._block.inputs(generator)
         self._tensors = self._block.trace(inputs)
         self._copies: dict[tuple[int, str], Tensor] = {}
@@ -206,6 +234,7 @@ def measure_layers(
     context: int,
     *,
     tensor_parallel: int = 1,
+    decode: int = 0,
     scheme: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -214,12 +243,13 @@ def measure_layers(
     seconds: float = 1.0,
     seed: int = 0,
 ) -> list[LayerTime]:
-    """Time one layer of each shape in a prefill of `context` tokens, part by part and whole.
+    """Time one layer of each shape in each scheme, part by part and whole: in a prefill of
+    `context` tokens, or a step that decodes one token of each of `decode` sequences of so many.
 
     shapes           each what `slmperf.models.shapes.shape_of` takes: "2.4b", a config, a folder;
                      all of them are in memory at once, and measured in turns
     tensor_parallel  ranks; the share of one of them is timed, the all-reduces are simulated
-    scheme, dtype    see `choose_scheme`
+    scheme, dtype    see `choose_schemes`
     device           "auto", "cpu" or "cuda"
     roof             what `slmperf.bench.roof.roof(device)` found; no shares of it if None
     allreduce_gbs    see `allreduce`
@@ -229,12 +259,20 @@ def measure_layers(
     not fit into memory, and for a scheme or device that is not there.
     """
     whole, device = [shape_of(shape) for shape in shapes], check_device(device)
-    scheme, dtype = choose_scheme(scheme, dtype, device)
-    ranks = check_layers(whole, context, tensor_parallel, scheme, dtype, device)
-    exchanges = [allreduce(shape, context, tensor_parallel, allreduce_gbs) for shape in whole]
+    schemes = choose_schemes(scheme, dtype, device)
+    ranks = check_layers(whole, context, tensor_parallel, schemes, device, decode)
+    measured = [(shape, rank, *one) for shape, rank in zip(whole, ranks, strict=True)
+                for one in schemes]  # fmt: skip
+    exchanges = [
+        allreduce(shape, decode or context, tensor_parallel, allreduce_gbs)
+        for shape, *_ in measured
+    ]
 
     with torch.inference_mode():
-        subjects = [_Subject(rank, context, scheme, dtype, device, seed) for rank in ranks]
+        subjects = [
+            _Subject(rank, context, decode, own, kind, device, seed)
+            for _, rank, own, kind in measured
+        ]
         variants = {
             f"{number} {part}": calls
             for number, subject in enumerate(subjects)
@@ -246,26 +284,29 @@ def measure_layers(
     if device == "cuda":
         torch.cuda.empty_cache()
 
-    layers = []
-    for number, shape in enumerate(whole):
+    layers: list[LayerTime] = []
+    for number, (shape, _, own, kind) in enumerate(measured):
         times = [
             PartTime(part, *found[f"{number} {part}"], *work)
             for part, work in works[number].items()
         ]
         if roof is not None:
-            times = _with_shares(times, roof, SCHEMES[scheme].rate, dtype)
+            times = _with_shares(times, roof, SCHEMES[own].rate, kind)
         *parts, block = times
+        first = number % len(schemes)
         layers.append(
             LayerTime(
                 shape=shape,
                 context=context,
                 tensor_parallel=tensor_parallel,
-                scheme=scheme,
-                dtype=dtype,
+                scheme=own,
+                dtype=kind,
                 device=device,
                 parts=tuple(parts),
                 block=block,
                 allreduce=exchanges[number],
+                decode=decode,
+                beside=layers[number - first] if first else None,
             )
         )
     return layers
@@ -274,6 +315,8 @@ def measure_layers(
 def _with_shares(times: Sequence[PartTime], roof: Roof, rate: str, dtype: str) -> list[PartTime]:
     """The parts and, last, the block, with their shares of the roof."""
     *parts, block = times
+    if (roof.kind, rate) == ("cpu", "fp8"):  # whose codes are multiplied in bf16
+        rate = "bf16"
     # Attention is computed in the activations' own format, in any scheme.
     ideals = [
         roof.ideal_us(one.bytes, one.flops, dtype if one.part == "attention" else rate)
@@ -289,5 +332,5 @@ def _with_shares(times: Sequence[PartTime], roof: Roof, rate: str, dtype: str) -
 def measure_layer(
     shape: Shape | str | Path | Mapping[str, Any] | Any, context: int, **settings: Any
 ) -> LayerTime:
-    """`measure_layers` of one shape, with the same settings."""
+    """`measure_layers` of one shape in one scheme, with the same settings."""
     return measure_layers([shape], context, **settings)[0]

@@ -1,4 +1,4 @@
-"""plot: the time of layers as stacked bars, a panel per context and a bar per shape."""
+"""plot: the time of layers as stacked bars, a panel per context, a bar per shape and scheme."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slmperf.bench.layer.measure import ALLREDUCE, LayerTime
-from slmperf.bench.layer.report import ORDER, by_context, change
+from slmperf.bench.layer.report import ORDER, by_work, change, labels, setting
 from slmperf.check import check_plot
 
 if TYPE_CHECKING:
@@ -32,35 +32,34 @@ COLOURS = {
 def plot_layers(layers: Sequence[LayerTime], path: Path) -> None:
     """Draw the layers' parts into a PNG, SVG or PDF file.
 
-    Every context has a panel with its own scale. Above each bar stand the layer's time (the block
-    as one call, and the all-reduces) and its change to the first shape; a black line shows where it
-    is.
+    Every context and decode step has a panel with its own scale. Above each bar stand the layer's
+    time (the block as one call, and the all-reduces) and its change to the first; a black line
+    shows where it is.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     check_plot(path)
-    groups = by_context(layers)
+    groups = by_work(layers)
     widest = max(len(group) for group in groups.values())
     width = 1.6 + len(groups) * max(2.2, 0.5 + 0.95 * widest)
     figure = Figure(figsize=(max(width, 6.4), 5.0), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (context, group) in zip(panels, groups.items(), strict=True):
+    for axes, (work, group) in zip(panels, groups.items(), strict=True):
         _panel(axes, group)
-        axes.set_title(f"{context} tokens", fontsize=10)
+        axes.set_title(work, fontsize=10)
     panels[0].set_ylabel("milliseconds in one layer")
     first = layers[0]
     figure.suptitle(
-        f"One layer, batch 1, tensor parallel {first.tensor_parallel}, {first.scheme}, "
-        f"on {'a GPU' if first.device == 'cuda' else 'a CPU'}",
+        f"One layer, {setting(layers)}, on {'a GPU' if first.device == 'cuda' else 'a CPU'}",
         fontsize=11,
     )
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, names = panels[0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="black", linewidth=1.4))
     figure.legend(
         # The bar's top part at the legend's top.
         [handles[-1], *reversed(handles[:-1])],
-        ["layer as one call", *reversed(labels)],
+        ["layer as one call", *reversed(names)],
         loc="outside right center",
         frameon=False,
         fontsize=9,
@@ -115,7 +114,7 @@ def _panel(axes: Axes, group: Sequence[LayerTime]) -> None:
             va="bottom",
             fontsize=8.5,
         )
-    axes.set_xticks(list(places), [str(layer.shape) for layer in group])
+    axes.set_xticks(list(places), labels(group))
     axes.set_ylim(0, 1.14 * tallest)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""report: the times of layers as tables and lines, pruned beside unpruned."""
+"""report: the times of layers as tables and lines, side by side: shapes, schemes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,28 @@ TOTALS: dict[str, Callable[[LayerTime], float]] = {
 }
 
 
-def by_context(layers: Sequence[LayerTime]) -> dict[int, list[LayerTime]]:
-    """Layers of one context together, in their order."""
-    contexts = dict.fromkeys(layer.context for layer in layers)
-    return {
-        context: [layer for layer in layers if layer.context == context] for context in contexts
-    }
+def by_work(layers: Sequence[LayerTime]) -> dict[str, list[LayerTime]]:
+    """Layers that do the same together, in their order."""
+    works = dict.fromkeys(layer.work for layer in layers)
+    return {work: [layer for layer in layers if layer.work == work] for work in works}
+
+
+def labels(layers: Sequence[LayerTime]) -> list[str]:
+    """What tells layers of the same work apart: their shapes, their schemes, or both."""
+    shapes, schemes = ({str(getattr(one, name)) for one in layers} for name in ("shape", "scheme"))
+    if len(schemes) == 1:
+        return [str(one.shape) for one in layers]
+    return [one.scheme if len(shapes) == 1 else f"{one.shape} {one.scheme}" for one in layers]
+
+
+def setting(layers: Sequence[LayerTime]) -> str:
+    """What layers have in common: ranks, and the shape or the scheme that all have."""
+    first, told = layers[0], [f"tp {layers[0].tensor_parallel}"]
+    if len({one.scheme for one in layers}) == 1:
+        told.append(first.scheme)
+    elif len({one.shape for one in layers}) == 1:
+        told.append(str(first.shape))
+    return ", ".join(told)
 
 
 def change(value: float, base: float) -> str:
@@ -111,14 +127,13 @@ def _work(part: PartTime | None) -> tuple[str, str, str]:
 
 
 def tables(layers: Sequence[LayerTime]) -> list[Table]:
-    """For each context a table of times and one of work and share of the roof."""
+    """For each context and decode step a table of times and one of work and share of the roof."""
     from rich.table import Table
 
     found = []
-    for context, group in by_context(layers).items():
-        first, names = group[0], [str(layer.shape) for layer in group]
-        setting = f"{context} tokens, tp {first.tensor_parallel}, {first.scheme}"
-        times = Table(title=f"{setting}: milliseconds in one layer", title_justify="left")
+    for doing, group in by_work(layers).items():
+        names, title = labels(group), f"{doing}, {setting(group)}"
+        times = Table(title=f"{title}: milliseconds in one layer", title_justify="left")
         times.add_column("part")
         for name in names:
             times.add_column(f"{name} ms", justify="right", no_wrap=True)
@@ -127,7 +142,7 @@ def tables(layers: Sequence[LayerTime]) -> list[Table]:
         for row in time_rows(group):
             ends = row[0].startswith(ALLREDUCE) or row[0] in ("attention block", "residue")
             times.add_row(*row, end_section=ends)
-        work = Table(title=f"{setting}: work and share of the roof", title_justify="left")
+        work = Table(title=f"{title}: work and share of the roof", title_justify="left")
         work.add_column("part")
         for name in names:
             for column in (f"{name} MB", "GFLOP", "roof"):
@@ -139,16 +154,27 @@ def tables(layers: Sequence[LayerTime]) -> list[Table]:
 
 
 def lines(layers: Sequence[LayerTime]) -> list[str]:
-    """What each shape saves against the one before it, a line per pair and context; how the
-    all-reduces were simulated; a warning where other work disturbed the measurement.
+    """What each shape saves against the one before it in the same scheme, a line per pair and
+    context; how many times as fast a scheme is as the first; how the all-reduces were simulated; a
+    warning where other work disturbed the measurement.
     """
-    found = [
-        f"{a.shape} -> {b.shape}, {context} tokens: "
-        f"attention block {change(b.attention_block_us, a.attention_block_us)}, "
-        f"layer {change(b.layer_us, a.layer_us)}"
-        for context, group in by_context(layers).items()
-        for a, b in pairwise(group)
-    ]
+    found = []
+    for work, group in by_work(layers).items():
+        schemes = dict.fromkeys(one.scheme for one in group)
+        for scheme in schemes:
+            told = f" in {scheme}" if len(schemes) > 1 else ""
+            found += [
+                f"{a.shape} -> {b.shape}{told}, {work}: "
+                f"attention block {change(b.attention_block_us, a.attention_block_us)}, "
+                f"layer {change(b.layer_us, a.layer_us)}"
+                for a, b in pairwise(one for one in group if one.scheme == scheme)
+            ]
+        found += [
+            f"{one.shape}, {work}: {one.scheme} is {one.speed:.2f} times as fast as "
+            f"{one.beside.scheme}"
+            for one in group
+            if one.beside is not None
+        ]
     if layers[0].tensor_parallel > 1:
         exchange = layers[0].allreduce
         found.append(

@@ -2,8 +2,9 @@
 
 The engines have kernels for some schemes on some devices and refuse the sizes that those do not
 take. Here a layer's tensors are loaded by the engine's own parameters, which cut them for its rank
-and put q, k and v (gate and up) into one, and then computed by `QuantizedLinear`: whatever
-`rules.of_product` does not refuse, on any device, but no faster than its product.
+and put q, k and v (gate and up) into one, and then arranged once as the kernels of
+`slmperf.ops.linear` read them, in a `QuantizedLinear`: whatever `rules.of_product` does not refuse,
+on any device.
 
 SGLang's parameters (sglang.srt.layers.parameter) are those of vLLM (vllm.model_executor.parameter).
 """
@@ -21,6 +22,7 @@ from slmperf.check import InputError
 from slmperf.models.engines.rules import of_product
 from slmperf.models.formats.compressed_tensors import StoredLinear, read_schemes
 from slmperf.models.formats.packing import unpack
+from slmperf.models.formats.tensors import codes_of
 from slmperf.models.quantized import QuantizedLinear
 from slmperf.models.structure import FUSED
 
@@ -153,9 +155,7 @@ class QuantizedMethod:
             scale = scale.repeat_interleave(parts)[:, None]
             if zero_point is not None:
                 zero_point = zero_point.repeat_interleave(parts)[:, None]
-        codes = held.get("weight")
-        if codes is None:
-            codes = unpack(held["weight_packed"], spec.bits, layer.inputs)
+        codes = codes_of(held, spec, layer.inputs)
         input_scale = held.get("input_scale")
         for name in held:
             if name != "bias":
@@ -174,5 +174,4 @@ class QuantizedMethod:
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (T, in) -> (T, out) of this rank."""
-        output = layer.quantized(x)
-        return output if bias is None else output + bias
+        return layer.quantized.multiply(x, bias)

@@ -94,7 +94,7 @@ def moved(
         zero_point,
         None if bias is None else bias.detach(),
         scheme=layer.scheme,
-        input_scale=getattr(layer, "input_scale", None),
+        input_scale=layer.input_scale,
     )
     return dict(made.state_dict())
 

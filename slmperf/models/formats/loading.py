@@ -1,8 +1,8 @@
 """From a quantised checkpoint to a model with QuantizedLinear layers.
 
-The model is made without weights and gets the checkpoint's tensors as they are stored, floating
-ones in the dtype that is asked for: no weight is put together, and the model takes the memory of
-its files.
+The model is made without weights and gets the checkpoint's tensors, floating ones in the dtype that
+is asked for, layer by layer: no weight is put together, and beside the model there is at most one
+layer in the form of the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from slmperf.check import InputError, one_line
 from slmperf.models.formats import compressed_tensors, gptq
-from slmperf.models.formats.packing import pack
 from slmperf.models.kv_scales import attention_modules, set_kv_scales
 from slmperf.models.quantized import QuantizedLinear
 from slmperf.models.stored import TensorFiles, empty_model, refuse_incomplete
@@ -29,8 +28,9 @@ if TYPE_CHECKING:
 class _Read(NamedTuple):
     """What the reader of a format makes of a checkpoint."""
 
-    layers: dict[str, QuantizedLinear]  # buffers on the meta device: stored under their own names
-    used: set[str]  # stored tensors that the other buffers were made of
+    layers: dict[str, QuantizedLinear]
+    empty: dict[str, dict[str, Tensor]]  # of layers still without a weight: names, shapes, dtypes
+    used: set[str]  # stored tensors that the other layers were made of
     kv_cache: bool  # whether keys and values have scales
 
 
@@ -59,23 +59,39 @@ def load_quantized(
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     with TensorFiles(folder, stored) as files:
-        layers, used, kv_cache = _READERS[method](files, quantization, linears, dtype)
+        layers, empty, used, kv_cache = _READERS[method](files, quantization, linears, dtype)
+        if kv_cache:
+            for _, attention in attention_modules(model):
+                set_kv_scales(attention, *torch.empty(2, dtype=dtype, device="meta"))
+        quantized = {f"{name}.weight" for name in layers}
+        wanted = {name: one for name, one in model.state_dict().items() if name not in quantized}
+        wanted |= {
+            f"{name}.{part}": one for name, own in empty.items() for part, one in own.items()
+        }
         for name, layer in layers.items():
             if f"{name}.weight" in tied:
                 raise InputError(f"{folder}: {name} is quantised, but tied to the embeddings")
             model.set_submodule(name, layer)
-        if kv_cache:
-            for _, attention in attention_modules(model):
-                set_kv_scales(attention, *torch.empty(2, dtype=dtype, device="meta"))
-        wanted = model.state_dict()
         # Frequencies, which older checkpoints hold, are computed.
         have = {name for name in stored if not name.endswith("rotary_emb.inv_freq")} - used
         filled = {name for name, tensor in wanted.items() if not tensor.is_meta}
         refuse_incomplete(folder, set(wanted) - have - tied - filled, have - set(wanted))
-        tensors = {name: _fitting(files, name, wanted[name]) for name in sorted(have)}
+
+        def read(name: str) -> Tensor:
+            tensor = _fitting(files, name, wanted[name])
+            if name.endswith("_scale"):
+                _check_finite(folder, name, tensor)
+            return tensor
+
+        for name, own in sorted(empty.items()):
+            parts = {part: read(f"{name}.{part}") for part in own}
+            if "weight_shape" in parts:
+                _check_shape(folder, f"{name}.weight_shape", parts["weight_shape"], layers[name])
+            layers[name].load_state_dict(parts, strict=False, assign=True)
+            have -= {f"{name}.{part}" for part in own}
+        tensors = {name: read(name) for name in sorted(have)}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    _check_values(folder, model)
     _read_generation_config(folder, model)
     compressed_tensors.write_config(model)
     return model.eval()
@@ -90,19 +106,14 @@ def _read_compressed_tensors(
     config = files.folder / "config.json"
     with _told_of(f"{config}: quantization_config"):
         schemes, kv_cache = compressed_tensors.read_schemes(quantization, linears)
-    read = _Read({}, set(), kv_cache)
+    read = _Read({}, {}, set(), kv_cache)
     for name, (scheme, packed) in schemes.items():
         linear = linears[name]
         outputs, inputs, bias = linear.out_features, linear.in_features, linear.bias is not None
         with _told_of(f"{config}: {name}"):
             layer = QuantizedLinear.empty(outputs, inputs, scheme, dtype, bias=bias)
-        if scheme.packed and not packed:  # int8 as it is, for which we have one form
-            stored = f"{name}.weight"
-            like = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
-            layer.weight_packed = pack(_fitting(files, stored, like), scheme.weights.bits)
-            layer.weight_shape = torch.tensor([outputs, inputs])
-            read.used.add(stored)
         read.layers[name] = layer
+        read.empty[name] = layer.layout(packed=packed)
     return read
 
 
@@ -114,7 +125,7 @@ def _read_gptq(
 ) -> _Read:
     with _told_of(f"{files.folder / 'config.json'}: quantization_config"):
         settings = gptq.read_settings(quantization)
-    read = _Read({}, set(), kv_cache=False)
+    read = _Read({}, {}, set(), kv_cache=False)
     for name, linear in linears.items():
         if f"{name}.qweight" not in files.stored:
             continue
@@ -124,6 +135,7 @@ def _read_gptq(
         shape = (linear.out_features, linear.in_features)
         with _told_of(str(files.folder)):
             read.layers[name] = gptq.read_linear(name, shape, parts, bias, settings, dtype)
+        _check_finite(files.folder, f"{name}.scales", parts["scales"].to(dtype))
         read.used.update(f"{name}.{part}" for part in needed)
         # Of layers without a bias, too, some writers store one: zeros.
         if bias is None and f"{name}.bias" in files.stored and not files.get(f"{name}.bias").any():
@@ -171,18 +183,17 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
-def _check_values(folder: Path, model: PreTrainedModel) -> None:
-    """InputError for scales that are not finite and shapes that are others than the layers'."""
-    for name, tensor in model.state_dict().items():
-        if name.endswith("_scale") and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{folder}: {name} has values that are not finite in {tensor.dtype}")
-        if name.endswith(".weight_shape"):
-            layer = model.get_submodule(name.removesuffix(".weight_shape"))
-            wanted = [layer.out_features, layer.in_features]
-            if tensor.tolist() != wanted:
-                raise InputError(
-                    f"{folder}: {name} says {tensor.tolist()}, config.json wants {wanted}"
-                )
+def _check_finite(folder: Path, name: str, scale: Tensor) -> None:
+    """InputError for a scale that is not finite."""
+    if not bool(torch.isfinite(scale).all()):
+        raise InputError(f"{folder}: {name} has values that are not finite in {scale.dtype}")
+
+
+def _check_shape(folder: Path, name: str, found: Tensor, layer: QuantizedLinear) -> None:
+    """InputError for a weight_shape that is another than the layer's."""
+    wanted = [layer.out_features, layer.in_features]
+    if found.tolist() != wanted:
+        raise InputError(f"{folder}: {name} says {found.tolist()}, config.json wants {wanted}")
 
 
 def _read_generation_config(folder: Path, model: PreTrainedModel) -> None:
