@@ -148,8 +148,8 @@ def _state(entry: Implementation) -> str:
         return f"ready ({cpu_isa()})"
     kernels = f"kernels {CUDA_KERNELS}" if entry.needs == "cuda" else ""
     if "cuda" in entry.devices and not torch.cuda.is_available():
-        if interpreted() and "cpu" in entry.devices:
-            return "ready (interpreted)"
+        if "cpu" in entry.devices and (interpreted() or entry.needs != "triton"):
+            return "ready (interpreted)" if entry.needs == "triton" else "ready"
         return f"no CUDA device ({kernels})" if kernels else "no CUDA device"
     return f"ready ({kernels})" if kernels else "ready"
 
