@@ -79,9 +79,11 @@ def test_products_of_narrower_instruction_sets(isa):
     code = (
         "import torch; torch.manual_seed(0); from test_linear_cpu import check_products as c; c()"
     )
-    environment = os.environ | {"SLMPERF_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     folder = os.path.dirname(__file__)
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, check=True)
+    more = {"SLMPERF_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", SCHEMES)
