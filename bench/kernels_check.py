@@ -18,6 +18,9 @@ slmperf/testing/cases.py, and of rounding_cases.py and attention_cases.py beside
 that CUDA C++ asks for at launch is not seen here.
 
 Results are kept in build/kernels-check by a hash of the sources: a second run compiles nothing.
+`make test` runs it with --sample, which compiles all only once a source has changed.
+
+Over 400 lines: what is compiled, what is wrong and the record are one check.
 """
 
 import argparse
@@ -48,6 +51,10 @@ NVCC_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "-cubin")
 FIGURES = ("registers", "spilled_bytes", "spill_instructions", "shared_bytes", "threads", "matrix")
 
 
+# One launch in so many is compiled where nothing has changed (--sample).
+SAMPLE = 4
+
+
 class CannotCheck(Exception):
     """Why nothing can be checked here; one line for the user."""
 
@@ -75,8 +82,21 @@ def _named(path):
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-def compile_rows(capability, launches_file):
-    """Rows of every Triton launch for one capability; triton must not be interpreting."""
+def _as_recorded():
+    """The recorded rows by label, where triton and the kernels' sources are those recorded; else
+    none."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"triton": None}
+    if record["triton"] != version("triton") or record["sources"] != source_hashes(record["rows"]):
+        return {}
+    return {label(row): row for row in record["rows"]}
+
+
+def compile_rows(capability, launches_file, sample=False):
+    """Rows of every Triton launch for one capability; triton must not be interpreting.
+
+    sample  where no source has changed, only every SAMPLE-th launch is compiled, and whatever is
+            not recorded; the others' rows are the recorded ones
+    """
     from slmperf.testing.offline import compile_launch, launches
 
     if launches_file:
@@ -92,7 +112,8 @@ def compile_rows(capability, launches_file):
         cases += rounding_cases.COMPILED + attention_cases.COMPILED
         wanted = [launch for case in cases for launch in launches(case, capability)]
     rows, patterns = [], {}
-    for launch in sorted(set(wanted), key=str):
+    known = _as_recorded() if sample else {}
+    for number, launch in enumerate(sorted(set(wanted), key=str)):
         module = sys.modules[launch.kernel.fn.__module__]
         exempt = getattr(module, "MATRIX_EXEMPT", {})
         patterns |= exempt
@@ -101,6 +122,9 @@ def compile_rows(capability, launches_file):
         for pattern, reason in exempt.items():
             if fnmatchcase(row["launch"], pattern):
                 row["exempt"] = reason
+        if number % SAMPLE and label(row) in known:
+            rows.append(known[label(row)])
+            continue
         try:
             usage = compile_launch(launch, capability)
         except Exception as error:  # triton raises whatever its passes and ptxas raise
@@ -113,7 +137,7 @@ def compile_rows(capability, launches_file):
     return {"rows": rows, "unused": sorted(unused)}
 
 
-def _triton_job(capability, launches_file, cache):
+def _triton_job(capability, launches_file, cache, sample):
     """(file of the kept result, process that writes it or None) for one capability."""
     slmperf, kernels = _package("slmperf"), _package("slmperf.triton_kernels")
     sources = [*(slmperf / "ops").rglob("*.py"), *kernels.glob("*.py"), Path(__file__)]
@@ -123,7 +147,8 @@ def _triton_job(capability, launches_file, cache):
     sources += [slmperf / "testing" / f"{name}.py" for name in names]
     sources += [launches_file] if launches_file else []
     key = _digest(sources, version("triton"), version("torch"), capability)
-    kept = cache / f"triton-{capability}-{key}.json"
+    whole = cache / f"triton-{capability}-{key}.json"
+    kept = whole.with_suffix(".sample.json") if sample and not whole.exists() else whole
     if kept.exists():
         return kept, None
     # triton's own cache compiles again only what changed.
@@ -131,17 +156,21 @@ def _triton_job(capability, launches_file, cache):
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__, "--compile", str(capability), "--keep", str(kept)]
     command += ["--launches", str(launches_file)] if launches_file else []
+    command += ["--sample"] if sample else []
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     return kept, process
 
 
-def triton_rows(launches_file, cache):
-    """Rows of every Triton launch for both capabilities, and patterns that exempt nothing."""
+def triton_rows(launches_file, cache, sample=False):
+    """Rows of every Triton launch for both capabilities, and patterns that exempt nothing.
+
+    sample  see compile_rows
+    """
     try:
         version("triton")
     except PackageNotFoundError:
         raise CannotCheck("triton is not installed: no kernel can be compiled") from None
-    jobs = [_triton_job(capability, launches_file, cache) for capability in SHARED_LIMIT]
+    jobs = [_triton_job(capability, launches_file, cache, sample) for capability in SHARED_LIMIT]
     failed = ""
     for _, process in jobs:
         errors = process.communicate()[1] if process else ""
@@ -299,7 +328,8 @@ def is_cuda(row):
 
 def source_hashes(rows):
     """First half of the SHA-256 of each kernel's source, and of what Triton kernels share."""
-    names = sorted({row["source"] for row in rows} | {"triton_kernels/common.py"})
+    shared = {_named(path) for path in (ROOT / "triton_kernels").glob("*.py")}
+    names = sorted({row["source"] for row in rows} | shared)
     found = {name: ROOT / name for name in names if (ROOT / name).exists()}
     return {name: hashlib.sha256(at.read_bytes()).hexdigest()[:32] for name, at in found.items()}
 
@@ -320,11 +350,14 @@ def main(arguments=None):
     parser.add_argument("--launches", type=Path, help=launches)
     parser.add_argument("--cuda", type=Path, default=ROOT / "csrc" / "cuda", help="folder of *.cu")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where results are kept")
+    text = "compile a part of them where no source has changed since the record"
+    parser.add_argument("--sample", action="store_true", help=text)
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)  # a child: one capability
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.compile:
-        _write(given.keep, json.dumps(compile_rows(given.compile, given.launches)))
+        rows = compile_rows(given.compile, given.launches, given.sample)
+        _write(given.keep, json.dumps(rows))
         return 0
     try:
         return check(given)
@@ -338,7 +371,7 @@ def check(given):
     record = {"triton": None, "nvcc": None, "sources": {}, "rows": []}
     if given.record.exists():
         record = json.loads(given.record.read_text())
-    rows, unused = triton_rows(given.launches, given.cache)
+    rows, unused = triton_rows(given.launches, given.cache, given.sample and not given.update)
     nvcc, release = find_nvcc()
     kept = []
     if nvcc:

@@ -40,7 +40,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     among_others = "test_kernels_compile.py" in files and len(files) > 10
     among_others = among_others and "PYTEST_XDIST_WORKER" not in os.environ
     if among_others and find_spec("triton") and not session.config.option.collectonly:
-        command = ["nice", "-n", "15", sys.executable, str(ROOT / "bench/kernels_check.py")]
+        script = str(ROOT / "bench/kernels_check.py")
+        command = ["nice", "-n", "15", sys.executable, script, "--sample"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         _COMPILING.append(subprocess.Popen(command, cwd=ROOT, **quiet))
 

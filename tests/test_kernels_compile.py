@@ -19,18 +19,33 @@ def kernels_check(root, kernels_compiled):
     return module
 
 
-def test_every_kernel_is_as_recorded(kernels_check, capsys):
-    """`make kernels-check` itself; compiled once per state of the sources."""
-    code = kernels_check.main([])
+@pytest.mark.parametrize(
+    "part", [["--sample"], pytest.param([], marks=pytest.mark.slow)], ids=["sample", "all"]
+)
+def test_every_kernel_is_as_recorded(kernels_check, capsys, part):
+    """`make kernels-check` itself; every kernel, once one source of them has changed."""
+    code = kernels_check.main(part)
     printed = capsys.readouterr()
     assert code == 0, printed.out + printed.err
+
+
+def test_a_changed_source_is_compiled_whole(kernels_check, monkeypatch):
+    """What the record says of other sources, or of another triton, stands in for nothing."""
+    assert kernels_check._as_recorded(), "bench/kernels.json is older than triton_kernels"
+    hashes = kernels_check.source_hashes
+    changed = {"triton_kernels/encode.py": "another"}
+    monkeypatch.setattr(kernels_check, "source_hashes", lambda rows: hashes(rows) | changed)
+    assert kernels_check._as_recorded() == {}
+    monkeypatch.setattr(kernels_check, "source_hashes", hashes)
+    monkeypatch.setattr(kernels_check, "version", lambda name: "3.6.0")
+    assert kernels_check._as_recorded() == {}
 
 
 def test_every_divergence_config_is_among_them(kernels_check):
     """The table's entries, each with every kernel and kind."""
     from slmperf.triton_kernels.divergence import CONFIGS
 
-    rows, _ = kernels_check.triton_rows(None, kernels_check.CACHE)
+    rows, _ = kernels_check.triton_rows(None, kernels_check.CACHE, sample=True)
     for (capability, _), (block, warps) in CONFIGS.items():
         if capability == 0:
             continue  # the interpreter's
