@@ -1,9 +1,8 @@
-// Products of bf16 matrices with fp32 results on the processor's bf16 units
-// (AMX or AVX512-BF16). torch.mm rounds such a product to bf16 on CPU, which
-// logits and a summed gradient cannot bear.
+// Products of bf16 matrices with fp32 results on the processor's bf16 units (AMX or AVX512-BF16).
+// torch.mm rounds such a product to bf16 on CPU, which logits and a summed gradient cannot bear.
 //
-// The vocabulary is cut into blocks of 128 entries and every result is made
-// within one block, in one order: no bit depends on the number of threads.
+// The vocabulary is cut into blocks of 128 entries and every result is made within one block, in
+// one order: no bit depends on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,8 +22,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// () -> int: 0 none, 1 AVX512-BF16, 2 AMX. The two products refuse to run where
-// this is 0.
+// () -> int: 0 none, 1 AVX512-BF16, 2 AMX. The two products refuse to run where this is 0.
 int64_t half_products() { return static_cast<int64_t>(bf16_unit()); }
 
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// Weights of 8 bits: their checks, and products with inputs that stay floating
-// (weight-only), for linear_int8.cpp and linear_fp8.cpp.
+// Weights of 8 bits: their checks, and products with inputs that stay floating (weight-only), for
+// linear_int8.cpp and linear_fp8.cpp.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@
 
 namespace slmperf::linear {
 
-// Checks codes (N, K) and scale, (1, 1), (N, 1) or of blocks of `block` squared
-// (0: none); stacked ones have experts before.
+// Checks codes (N, K) and scale, (1, 1), (N, 1) or of blocks of `block` squared (0: none); stacked
+// ones have experts before.
 inline void check_bytes(const char* op, const Tensor& codes, const Tensor& scale, ScalarType type,
                         int64_t inputs, int64_t block) {
   const int64_t dims = codes.dim();

@@ -1,5 +1,4 @@
-// Weights of 8 bits in bf16 tiles (tiles.h): what avx512::decode_tiles makes,
-// by AVX512-BF16.
+// Weights of 8 bits in bf16 tiles (tiles.h): what avx512::decode_tiles makes, by AVX512-BF16.
 #pragma once
 
 #if defined(__x86_64__)
@@ -15,8 +14,8 @@
 
 namespace slmperf::avx512_tiles {
 
-// 32 codes e4m3 as bf16, exactly: the exponent is raised by the difference of
-// the biases, which subnormals, below 8, are too small for.
+// 32 codes e4m3 as bf16, exactly: the exponent is raised by the difference of the biases, which
+// subnormals, below 8, are too small for.
 SLMPERF_TARGET_BRAIN inline __m512i brain_of(__m256i codes) {
   // 0 to 7 times 2^-9
   alignas(64) static constexpr uint16_t kSubnormals[32] = {0x0000, 0x3b00, 0x3b80, 0x3bc0,

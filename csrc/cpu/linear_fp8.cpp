@@ -1,8 +1,7 @@
 // linear_fp8 on CPU. Formulas: slmperf/ops/linear/fp8.py.
 //
-// Rounded inputs: codes are bf16 numbers, which bf16 units multiply exactly,
-// and their scales come after, or after every 128 inputs; without such units
-// both are multiplied out in fp32.
+// Rounded inputs: codes are bf16 numbers, which bf16 units multiply exactly, and their scales come
+// after, or after every 128 inputs; without such units both are multiplied out in fp32.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,7 +1,6 @@
 // linear_int4 and dequantize_int4 on CPU. Formulas: slmperf/ops/linear/int4.py.
 //
-// bf16 inputs are multiplied in tiles where the processor has bf16 units, all
-// others in fp32.
+// bf16 inputs are multiplied in tiles where the processor has bf16 units, all others in fp32.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -34,8 +33,7 @@ using torch::stable::Tensor;
 constexpr int64_t kTileInputs = 64;
 constexpr int64_t kWorthAThread = 1 << 16;  // weights
 
-// Expert e of a weight whose tensors were checked; strides of the dimension of
-// experts come first.
+// Expert e of a weight whose tensors were checked; strides of the dimension of experts come first.
 Int4 expert_of(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point,
                int64_t group_size, bool stacked, int64_t e) {
   const int64_t first = stacked ? 1 : 0;

@@ -1,6 +1,5 @@
-// Weights of 4 bits as fp32, a strip of 16 outputs at a time. The layout, in
-// whose order inputs are left here: slmperf/ops/linear/int4_layout.py. Compiled
-// once per instruction set by each_isa.h.
+// Weights of 4 bits as fp32, a strip of 16 outputs at a time. The layout, in whose order inputs are
+// left here: slmperf/ops/linear/int4_layout.py. Compiled once per instruction set by each_isa.h.
 
 #include "cpu/linear_rows.h"
 
@@ -36,8 +35,7 @@ inline Table table_of(float scale, float zero) {
   return table;
 }
 
-// Tables of the strip's rows for one group, the last one for groups behind it
-// (of padding).
+// Tables of the strip's rows for one group, the last one for groups behind it (of padding).
 template <class S, class X>
 void tables_of(const Int4& weight, int64_t strip, int64_t group, Table (&tables)[kStrip]) {
   const int64_t at = group < weight.groups ? group : weight.groups - 1;
@@ -53,8 +51,7 @@ void tables_of(const Int4& weight, int64_t strip, int64_t group, Table (&tables)
   }
 }
 
-// Tiles of a strip into out: 16 rows, `step` apart, of 64 numbers a tile in the
-// order (l, h, t, j).
+// Tiles of a strip into out: 16 rows, `step` apart, of 64 numbers a tile in the order (l, h, t, j).
 template <class S, class X>
 void decode_strip(const Int4& weight, int64_t strip, int64_t tile_begin, int64_t tile_end,
                   float* out, int64_t step) {

@@ -1,7 +1,6 @@
-// Weights of 4 bits and the inputs that go with them in bf16 tiles (tiles.h),
-// in the order of the layout (slmperf/ops/linear/int4_layout.py): a layout's
-// tile of 64 inputs is two, h = 0 and h = 1, whose pair 4 t + j are the inputs
-// 16 j + 8 h + 2 t and the next.
+// Weights of 4 bits and the inputs that go with them in bf16 tiles (tiles.h), in the order of the
+// layout (slmperf/ops/linear/int4_layout.py): a layout's tile of 64 inputs is two, h = 0 and h = 1,
+// whose pair 4 t + j are the inputs 16 j + 8 h + 2 t and the next.
 #pragma once
 
 #if defined(__x86_64__)
@@ -14,8 +13,7 @@ namespace slmperf::avx512_tiles {
 // A strip's numbers in bf16 (or fp16) of one group: 16, twice, for each row.
 using HalfTable = uint16_t[kSide][2 * kSide];
 
-// 512 bytes of the layout -> two tiles. second: of inputs 32 to 63 where they
-// have another group.
+// 512 bytes of the layout -> two tiles. second: of inputs 32 to 63 where they have another group.
 SLMPERF_TARGET_AVX512 __attribute__((noinline)) inline void unpack_tile(const uint32_t* words,
                                                                         const HalfTable& first,
                                                                         const HalfTable* second,

@@ -1,7 +1,6 @@
 // linear_int8 on CPU. Formulas: slmperf/ops/linear/int8.py.
 //
-// Rounded inputs: AMX's int8 tiles, AVX512-VNNI's dot products, or those of 16
-// bits.
+// Rounded inputs: AMX's int8 tiles, AVX512-VNNI's dot products, or those of 16 bits.
 
 #include <torch/csrc/stable/library.h>
 

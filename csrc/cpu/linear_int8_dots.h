@@ -1,5 +1,4 @@
-// Dot products of int8 codes by AVX512-VNNI, for linear_rows.h's
-// multiply_codes.
+// Dot products of int8 codes by AVX512-VNNI, for linear_rows.h's multiply_codes.
 #pragma once
 
 #if defined(__x86_64__)
@@ -11,8 +10,8 @@
 
 namespace slmperf::avx512_tiles {
 
-// The instruction multiplies unsigned by signed bytes: weights are raised by
-// 128, and 128 times the sum of a row of x is taken off again.
+// The instruction multiplies unsigned by signed bytes: weights are raised by 128, and 128 times the
+// sum of a row of x is taken off again.
 struct VnniDots {
   template <int outputs, int rows>
   SLMPERF_TARGET_VNNI static void run(const int8_t* w, int64_t w_step, const int8_t* x,

@@ -1,6 +1,5 @@
-// What the products of `linear` share on CPU: the checks of
-// slmperf/ops/linear/product.py's arguments, experts one after the other, work
-// among threads. Included behind each_isa.h.
+// What the products of `linear` share on CPU: the checks of slmperf/ops/linear/product.py's
+// arguments, experts one after the other, work among threads. Included behind each_isa.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -37,8 +36,7 @@ inline Tensor packed_rows(const char* op, const char* argument, const Tensor& x)
   return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
 }
 
-// `count` numbers of a floating tensor, `stride` apart, in fp32, 0 behind them
-// to a whole strip.
+// `count` numbers of a floating tensor, `stride` apart, in fp32, 0 behind them to a whole strip.
 inline std::vector<float> floats(const char* op, const char* argument, const Tensor& tensor,
                                  int64_t offset, int64_t stride, int64_t count) {
   std::vector<float> out(ceil_div(count, kStrip) * kStrip);
@@ -105,8 +103,8 @@ class Result {
                     op, ": starts do not go up from 0 to ", rows_);
   }
 
-  // f(expert, first row, rows, epilogue) for every expert that has rows; the
-  // epilogue's are counted from the first of them.
+  // f(expert, first row, rows, epilogue) for every expert that has rows; the epilogue's are counted
+  // from the first of them.
   template <class F>
   void each_expert(const F& f) {
     for (int64_t e = 0; e + 1 < static_cast<int64_t>(edges_.size()); e++) {

@@ -1,11 +1,9 @@
-// Products of floating inputs with weights that are widened to fp32 strip by
-// strip, products of int8 codes, and what is done with finished sums. Formulas:
-// slmperf/ops/linear. Compiled once per instruction set by each_isa.h, behind
-// codes.h.
+// Products of floating inputs with weights that are widened to fp32 strip by strip, products of
+// int8 codes, and what is done with finished sums. Formulas: slmperf/ops/linear. Compiled once per
+// instruction set by each_isa.h, behind codes.h.
 //
-// Both operands have their inputs side by side, so that a result is a sum of
-// products of vectors and no operand has to be turned. Sums run through K in
-// one order.
+// Both operands have their inputs side by side, so that a result is a sum of products of vectors
+// and no operand has to be turned. Sums run through K in one order.
 
 namespace slmperf::SLMPERF_ISA {
 
@@ -41,8 +39,8 @@ float number_of(const T& x) {
   return lanes[0];
 }
 
-// Outputs `first` to `first` + count of row `row`; sums, scales and bias are
-// padded to whole strips.
+// Outputs `first` to `first` + count of row `row`; sums, scales and bias are padded to whole
+// strips.
 template <class Out, class Added>
 void write_outputs(const Epilogue& end, int64_t row, int64_t first, int64_t count,
                    const float* sums) {
@@ -75,8 +73,7 @@ inline Write writer(const Epilogue& end) {
   return writer_of<float>(end.residual_kind);
 }
 
-// sums[c sums_step + r] += w row r . x row c, of `depth` numbers, whole
-// vectors.
+// sums[c sums_step + r] += w row r . x row c, of `depth` numbers, whole vectors.
 template <int outputs, int rows>
 void add_dots(const float* w, int64_t w_step, const float* x, int64_t x_step, int64_t depth,
               float* sums, int64_t sums_step) {
@@ -95,9 +92,9 @@ void add_dots(const float* w, int64_t w_step, const float* x, int64_t x_step, in
     for (int r = 0; r < outputs; r++) sums[c * sums_step + r] += sum(sum_of[c][r]);
 }
 
-// Strips begin to end of y for x (rows, depth) fp32: decode(strip, from, to,
-// out, step) widens inputs from..to, a whole number of 64, of a strip's 16
-// outputs. scratch: kStrip * (kChunk + rows) floats
+// Strips begin to end of y for x (rows, depth) fp32: decode(strip, from, to, out, step) widens
+// inputs from..to, a whole number of 64, of a strip's 16 outputs. scratch: kStrip * (kChunk + rows)
+// floats
 template <class Decode>
 void multiply_strips(const Decode& decode, const float* x, int64_t rows, int64_t depth,
                      const Epilogue& epilogue, int64_t begin, int64_t end, float* scratch) {
@@ -128,8 +125,7 @@ void multiply_strips(const Decode& decode, const float* x, int64_t rows, int64_t
   }
 }
 
-// A row of x as fp32, 0 behind its end: `columns` numbers that share a scale,
-// nullptr for none.
+// A row of x as fp32, 0 behind its end: `columns` numbers that share a scale, nullptr for none.
 template <class T>
 void widen_row(const T* x, int64_t count, int64_t padded, const float* scale, int64_t columns,
                float* out) {
@@ -140,9 +136,8 @@ void widen_row(const T* x, int64_t count, int64_t padded, const float* scale, in
   }
 }
 
-// put(i, numbers) of inputs from..to of a row, a vector each: code * scale,
-// rounded to the scale's dtype S, or the code alone where not `scaled`; 0
-// behind the weight's edges.
+// put(i, numbers) of inputs from..to of a row, a vector each: code * scale, rounded to the scale's
+// dtype S, or the code alone where not `scaled`; 0 behind the weight's edges.
 template <class S, bool scaled, class Code, class Put>
 void decode_row(const Bytes<Code>& weight, int64_t row, int64_t from, int64_t to, const Put& put) {
   if (row >= weight.outputs) {
@@ -235,8 +230,8 @@ struct WideDots {
   }
 };
 
-// Strips begin to end of y for int8 x; x_sums: the sums of x's rows, for dots
-// that want them. scratch: kStrip * rows floats
+// Strips begin to end of y for int8 x; x_sums: the sums of x's rows, for dots that want them.
+// scratch: kStrip * rows floats
 template <class Dots>
 void multiply_codes(const Bytes<int8_t>& weight, const Bytes<int8_t>& x, const int32_t* x_sums,
                     const Epilogue& epilogue, int64_t begin, int64_t end, float* scratch) {

@@ -1,5 +1,4 @@
-// Finished tiles (tiles.h) of y' = W x' into y: turned, and handed to
-// linear_rows.h's writer.
+// Finished tiles (tiles.h) of y' = W x' into y: turned, and handed to linear_rows.h's writer.
 #pragma once
 
 #if defined(__x86_64__)
@@ -23,8 +22,8 @@ inline Blocking blocking_of(int64_t outputs, int64_t rows) {
   return {ceil_div(ceil_div(outputs, tasks), 2 * kSide) * 2 * kSide, 64, 32};
 }
 
-// Two by `strips` tiles from output `row` and token `column` on. kInt8: they
-// are int32. write: avx512::writer(end)
+// Two by `strips` tiles from output `row` and token `column` on. kInt8: they are int32. write:
+// avx512::writer(end)
 template <bool kInt8, class Write>
 SLMPERF_TARGET_AVX512 __attribute__((noinline)) void write_quad(const float* quad, int64_t strips,
                                                                 int64_t row, int64_t column,
@@ -51,8 +50,8 @@ SLMPERF_TARGET_AVX512 __attribute__((noinline)) void write_quad(const float* qua
   }
 }
 
-// sums, times the factor of their row and of their column (columns: nullptr for
-// 1), into, or onto, a quad.
+// sums, times the factor of their row and of their column (columns: nullptr for 1), into, or onto,
+// a quad.
 SLMPERF_TARGET_AVX512 __attribute__((noinline)) inline void add_scaled(const float* sums,
                                                                        int64_t strips,
                                                                        const float* rows,

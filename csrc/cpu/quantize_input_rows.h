@@ -1,7 +1,6 @@
-// Inputs rounded to int8 or fp8, row by row. Formulas:
-// slmperf/ops/linear/quantize_input.py, whose steps are in x's dtype: an fp32
-// result rounded to bf16 or fp16 is the same number. Compiled once per
-// instruction set by each_isa.h.
+// Inputs rounded to int8 or fp8, row by row. Formulas: slmperf/ops/linear/quantize_input.py, whose
+// steps are in x's dtype: an fp32 result rounded to bf16 or fp16 is the same number. Compiled once
+// per instruction set by each_isa.h.
 
 namespace slmperf::SLMPERF_ISA {
 
@@ -29,8 +28,8 @@ float rounded(float x, const T* tag) {
   return lanes[0];
 }
 
-// The largest |x| of a row, NaN where it has one: without their sign, bits are
-// in the order of the numbers, and NaN's are the largest.
+// The largest |x| of a row, NaN where it has one: without their sign, bits are in the order of the
+// numbers, and NaN's are the largest.
 inline float top_of(const float* x, int64_t count) {
   uint32_t top = 0, bits;
   for (int64_t i = 0; i < count; i++) {
@@ -60,11 +59,10 @@ inline Vec code_of(Vec ratio, const int8_t*) {
 }
 inline Vec code_of(Vec ratio, const E4m3*) { return at_most(448.0f, at_least(-448.0f, ratio)); }
 
-// `count` numbers x / scale as codes. mended: the quotient is a product with
-// the reciprocal, mended once, in a fifth of a division's time: for bf16 x and
-// a scale that was found from it. No quotient of two numbers of 8 bits is
-// nearer than 2^-18 to the middle of two others, unless it is the middle, which
-// the mending then gives exactly; both round alike.
+// `count` numbers x / scale as codes. mended: the quotient is a product with the reciprocal, mended
+// once, in a fifth of a division's time: for bf16 x and a scale that was found from it. No quotient
+// of two numbers of 8 bits is nearer than 2^-18 to the middle of two others, unless it is the
+// middle, which the mending then gives exactly; both round alike.
 template <bool mended, class T, class Code>
 void encode_part(const T* x, int64_t count, float scale, Code* codes) {
   const Vec divisor = splat(scale), zero = splat(0.0f);
@@ -92,9 +90,8 @@ void encode_part(const T* x, int64_t count, float scale, bool found, Code* codes
   }
 }
 
-// A row of `width` numbers; `group` of them share a scale, 0: all.
-// static_scale: that of all rows, and none is written; nullptr: scales are
-// found. codes: int8, or e4m3 where fp8.
+// A row of `width` numbers; `group` of them share a scale, 0: all. static_scale: that of all rows,
+// and none is written; nullptr: scales are found. codes: int8, or e4m3 where fp8.
 template <class T>
 void encode_row(const T* x, int64_t width, int64_t group, const float* static_scale, bool fp8,
                 void* codes, float* scales) {

@@ -1,5 +1,5 @@
-// rope_write, head by head in fp32. Formulas: slmperf/ops/rope_write.py.
-// Compiled once per instruction set by each_isa.h.
+// rope_write, head by head in fp32. Formulas: slmperf/ops/rope_write.py. Compiled once per
+// instruction set by each_isa.h.
 
 namespace slmperf::SLMPERF_ISA {
 

@@ -1,6 +1,5 @@
-// Products of matrices in tiles (tiles.h), cut into blocks for the caches and
-// among threads. Every result is made within one block, in one order: no bit
-// depends on the number of threads.
+// Products of matrices in tiles (tiles.h), cut into blocks for the caches and among threads. Every
+// result is made within one block, in one order: no bit depends on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,8 +16,7 @@
 
 namespace slmperf::avx512_tiles {
 
-// How a product is cut. No bit of the result depends on it: sums go on where
-// they were left.
+// How a product is cut. No bit of the result depends on it: sums go on where they were left.
 struct Blocking {
   int64_t rows;    // of the left operand, in a task; a multiple of 32
   int64_t tiles;   // along K that are packed at a time; a multiple of kSlab
@@ -56,8 +54,8 @@ inline Kernels bf16_kernels() {
   return {&multiply_avx512<1>, &multiply_avx512<2>, false};
 }
 
-// Tiles along K that a micro-kernel is given: two strips of each operand stay
-// in the first-level cache.
+// Tiles along K that a micro-kernel is given: two strips of each operand stay in the first-level
+// cache.
 constexpr int64_t kSlab = 8;
 
 // The right operand, packed: slabs of kSlab tiles along K, in each one strip after the other.
@@ -66,12 +64,11 @@ inline const uint32_t* right_strip(const uint32_t* packed, int64_t strips, int64
   return packed + (tile_begin * strips + strip * (tile_end - tile_begin)) * kTile;
 }
 
-// left (M, K) @ right (K, N): pack_left(row, tile_begin, tile_end, words) packs
-// a strip of 16 rows, right is packed whole, kernel(operands, strips, place,
-// quad, add) makes 2 x strips tiles of results, or adds to them, and
-// finish(quad, strips, row, column) takes them. across: results are made row by
-// row, otherwise column by column (of a block), which should be the order in
-// which finish writes them to neighbouring addresses.
+// left (M, K) @ right (K, N): pack_left(row, tile_begin, tile_end, words) packs a strip of 16 rows,
+// right is packed whole, kernel(operands, strips, place, quad, add) makes 2 x strips tiles of
+// results, or adds to them, and finish(quad, strips, row, column) takes them. across: results are
+// made row by row, otherwise column by column (of a block), which should be the order in which
+// finish writes them to neighbouring addresses.
 template <class Kernel, class Pack, class Finish>
 void multiply(int64_t rows, int64_t columns, int64_t tiles, const uint32_t* right, bool across,
               const Blocking& cut, const Kernel& kernel, const Pack& pack_left,
