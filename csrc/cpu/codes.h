@@ -222,4 +222,13 @@ inline int32_t total(Sums sums) { return sums.v; }
 
 #endif
 
+// Loads `count` elements, all where these are as many as the width or more; the others are 0.
+template <class T>
+Vec load_first(const T* x, int64_t count) {
+  if (count >= Vec::width) return load(x);
+  T padded[Vec::width] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = x[i];
+  return load(padded);
+}
+
 }  // namespace slmperf::SLMPERF_ISA

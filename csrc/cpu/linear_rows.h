@@ -17,20 +17,6 @@ constexpr int kOutputs = Vec::width == 16 ? 4 : 2;  // side by side: as many as 
 constexpr int kRows = 4;
 constexpr int64_t kRowBlock = 64;  // rows of x that stay in the second-level cache
 
-template <class T>
-Vec load_first(const T* x, int64_t count) {  // the others are 0
-  if (count >= Vec::width) return load(x);
-  T padded[Vec::width] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = x[i];
-  return load(padded);
-}
-
-template <class T>
-void store_first(T* x, Vec a, int64_t count) {
-  if (count >= Vec::width) return store(x, a);
-  store_part(x, a, count);
-}
-
 // One element in fp32.
 template <class T>
 float number_of(const T& x) {
@@ -55,7 +41,7 @@ void write_outputs(const Epilogue& end, int64_t row, int64_t first, int64_t coun
     if (end.w_scale == nullptr && end.x_scale != nullptr) value = value * factor;
     if (end.bias != nullptr) value = value + load(end.bias + first + i);
     if (residual != nullptr) value = value + load_first(residual + i, count - i);
-    store_first(y + i, value, count - i);
+    store_up_to(y + i, value, count - i);
   }
 }
 

@@ -15,13 +15,6 @@ inline float epsilon_of(const BFloat16*) { return 0x1p-7f; }
 inline float epsilon_of(const Float16*) { return 0x1p-10f; }
 
 template <class T>
-Vec load_some(const T* x, int64_t count) {  // the others are 0
-  T padded[Vec::width] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = x[i];
-  return load(padded);
-}
-
-template <class T>
 float rounded(float x, const T* tag) {
   float lanes[Vec::width];
   store(lanes, rounded(splat(x), tag));
@@ -50,7 +43,7 @@ float top_of(const T* x, int64_t count) {
   }
   const T value{top};
   float lanes[Vec::width];
-  store(lanes, load_some(&value, 1));
+  store(lanes, load_first(&value, 1));
   return lanes[0];
 }
 
@@ -77,7 +70,7 @@ void encode_part(const T* x, int64_t count, float scale, Code* codes) {
   };
   int64_t i = 0;
   for (; i + Vec::width <= count; i += Vec::width) store(codes + i, code(load(x + i)));
-  if (i < count) store_part(codes + i, code(load_some(x + i, count - i)), count - i);
+  if (i < count) store_part(codes + i, code(load_first(x + i, count - i)), count - i);
 }
 
 template <class T, class Code>

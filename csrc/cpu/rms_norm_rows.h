@@ -8,12 +8,6 @@ namespace slmperf::SLMPERF_ISA {
 using norm::Gradients;
 using norm::Rows;
 
-// As many numbers of a row as there are, zeros behind them.
-template <class T>
-Vec take(const T* x, int64_t count) {
-  return count == Vec::width ? load(x) : load_some(x, count);
-}
-
 // One row: h, where there is a residual, and the output, both without gaps -> 1 / sqrt(...).
 template <class T>
 float norm_row(const Rows<T>& rows, int64_t row, T* to_h, T* output) {
@@ -24,13 +18,13 @@ float norm_row(const Rows<T>& rows, int64_t row, T* to_h, T* output) {
     const T *x = h, *residual = rows.residual + row * rows.residual_row;
     h = to_h;
     each_vector(0, columns, [&](int64_t i, int64_t count) {
-      const Vec added = rounded(take(x + i, count) + take(residual + i, count), x);
+      const Vec added = rounded(load_first(x + i, count) + load_first(residual + i, count), x);
       store_up_to(to_h + i, added, count);
       squares = fma(added, added, squares);
     });
   } else {
     each_vector(0, columns, [&](int64_t i, int64_t count) {
-      const Vec x = take(h + i, count);
+      const Vec x = load_first(h + i, count);
       squares = fma(x, x, squares);
     });
   }
@@ -39,13 +33,13 @@ float norm_row(const Rows<T>& rows, int64_t row, T* to_h, T* output) {
   const Vec factor = splat(inverse), offset = splat(rows.offset);
   if (rows.offset == 0.0f) {
     each_vector(0, columns, [&](int64_t i, int64_t count) {
-      const Vec normed = rounded(take(h + i, count) * factor, h);
-      store_up_to(output + i, normed * take(rows.weight + i, count), count);
+      const Vec normed = rounded(load_first(h + i, count) * factor, h);
+      store_up_to(output + i, normed * load_first(rows.weight + i, count), count);
     });
   } else {
     each_vector(0, columns, [&](int64_t i, int64_t count) {
-      const Vec normed = take(h + i, count) * factor;
-      store_up_to(output + i, normed * (offset + take(rows.weight + i, count)), count);
+      const Vec normed = load_first(h + i, count) * factor;
+      store_up_to(output + i, normed * (offset + load_first(rows.weight + i, count)), count);
     });
   }
   return inverse;
@@ -64,19 +58,20 @@ void gradient_rows(const Rows<T>& rows, const Gradients<T>& gradients, int64_t b
     const Vec inverse = splat(gradients.inverse[row]);
     Vec total = splat(0.0f);
     each_vector(0, columns, [&](int64_t i, int64_t count) {
-      const Vec part = take(grad + i, count) * (take(h + i, count) * inverse);
+      const Vec part = load_first(grad + i, count) * (load_first(h + i, count) * inverse);
       store_up_to(sums + i, load_up_to(sums + i, count) + part, count);
-      total = fma(part, offset + take(rows.weight + i, count), total);
+      total = fma(part, offset + load_first(rows.weight + i, count), total);
     });
     const Vec mean = splat(sum(total) / static_cast<float>(columns));
     const T* grad_h = gradients.of_h;
     if (grad_h != nullptr) grad_h += row * gradients.h_row;
     T* to = gradients.to_h + row * columns;
     each_vector(0, columns, [&](int64_t i, int64_t count) {
-      const Vec normed = take(h + i, count) * inverse;
-      const Vec scaled = take(grad + i, count) * (offset + take(rows.weight + i, count));
+      const Vec normed = load_first(h + i, count) * inverse;
+      const Vec scaled =
+          load_first(grad + i, count) * (offset + load_first(rows.weight + i, count));
       Vec of_h = (scaled - normed * mean) * inverse;
-      if (grad_h != nullptr) of_h = of_h + take(grad_h + i, count);
+      if (grad_h != nullptr) of_h = of_h + load_first(grad_h + i, count);
       store_up_to(to + i, of_h, count);
     });
   }
@@ -88,7 +83,7 @@ void add_parts(const float* sums, int64_t parts, int64_t columns, T* to) {
   each_vector(0, columns, [&](int64_t i, int64_t count) {
     Vec total = splat(0.0f);
     for (int64_t part = 0; part < parts; part++)
-      total = total + take(sums + part * columns + i, count);
+      total = total + load_first(sums + part * columns + i, count);
     store_up_to(to + i, total, count);
   });
 }

@@ -266,7 +266,7 @@ inline Vec load_up_to(const T* x, int64_t count) {
 
 template <class T>
 inline void store_up_to(T* x, Vec a, int64_t count) {
-  count == Vec::width ? store(x, a) : store_part(x, a, count);
+  count >= Vec::width ? store(x, a) : store_part(x, a, count);
 }
 
 // x = n + r with n an integer and |r| <= 1/2, exactly, and 2^r - 1 = r times a minimax polynomial.
