@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> forward(Tensor student, Tensor teacher, std::string k
     using T = decltype(element);
     const Logits<T> logits = view<T>(student_rows, &teacher_rows);
     const auto run = SLMPERF_PICK(forward_rows<T>);
-    each_row(student, [&](int64_t begin, int64_t end) {
+    each_row(student.size(0), student.size(1), [&](int64_t begin, int64_t end) {
       run(logits, chosen, values, statistics, begin, end);
     });
   });
@@ -69,7 +69,7 @@ Tensor backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, 
     const Logits<T> logits = view<T>(student_rows, &teacher_rows);
     auto* out = static_cast<T*>(gradient.mutable_data_ptr());
     const auto run = SLMPERF_PICK(backward_rows<T>);
-    each_row(student, [&](int64_t begin, int64_t end) {
+    each_row(student.size(0), student.size(1), [&](int64_t begin, int64_t end) {
       run(logits, chosen, upstream, grad.stride(0), kept, out, begin, end);
     });
   });

@@ -114,7 +114,7 @@ Tensor statistics(Tensor student, std::optional<Tensor> teacher, std::optional<T
     using T = decltype(element);
     const Logits<T> logits = view<T>(student, taught);
     const auto run = SLMPERF_PICK(statistics_rows<T>);
-    each_row(student, [&](int64_t begin, int64_t end) {
+    each_row(student.size(0), student.size(1), [&](int64_t begin, int64_t end) {
       run(logits, chosen, temperature, cross_entropy, local, out, begin, end);
     });
   });
@@ -156,7 +156,7 @@ Tensor second(Tensor student, Tensor teacher, Tensor statistics, std::string kin
     using T = decltype(element);
     const Logits<T> logits = view<T>(student, &teacher);
     const auto run = SLMPERF_PICK(second_rows<T>);
-    each_row(student,
+    each_row(student.size(0), student.size(1),
              [&](int64_t begin, int64_t end) { run(logits, chosen, kept, out, begin, end); });
   });
   return means;
@@ -206,7 +206,7 @@ void gradient(Tensor student, std::optional<Tensor> teacher, Tensor statistics,
       auto* to = static_cast<Out*>(out.mutable_data_ptr());
       const int64_t stride = out.stride(0);
       const auto run = SLMPERF_PICK(gradient_rows<T, Out>);
-      each_row(student, [&](int64_t begin, int64_t end) {
+      each_row(student.size(0), student.size(1), [&](int64_t begin, int64_t end) {
         run(logits, chosen, kept, scales, softcap, local, to, stride, begin, end);
       });
     };
@@ -226,7 +226,7 @@ void softcap_(Tensor logits, double cap) {
     auto* x = static_cast<T*>(logits.mutable_data_ptr());
     const int64_t stride = logits.stride(0), vocabulary = logits.size(1);
     const auto run = SLMPERF_PICK(softcap_rows<T>);
-    each_row(logits,
+    each_row(logits.size(0), logits.size(1),
              [&](int64_t begin, int64_t end) { run(x, stride, vocabulary, cap, begin, end); });
   });
 }

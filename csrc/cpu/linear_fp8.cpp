@@ -40,7 +40,7 @@ void multiply_codes(const Bytes<E4m3>& weight, const Inputs& x, const Tensor& li
   Tensor widened = torch::stable::new_empty(like, {rows, depth}, ScalarType::Float);
   auto* wide = static_cast<float*>(widened.mutable_data_ptr());
   const auto widen_row = SLMPERF_PICK(widen_row<E4m3>);
-  linear::each_row(rows, depth, [&](int64_t row, int64_t stop) {
+  each_row(rows, depth, [&](int64_t row, int64_t stop) {
     for (; row < stop; row++) {
       widen_row(x.codes.codes + row * x.codes.stride, inputs, depth, x.scale + row * x.down,
                 x.across == 0 ? depth : kBlock, wide + row * depth);

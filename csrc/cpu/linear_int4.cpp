@@ -155,7 +155,7 @@ void multiply_wide(const Int4& weight, const Tensor& scale, const Tensor& x, int
     using X = decltype(input);
     const auto* from = static_cast<const X*>(x.const_data_ptr()) + first * x.stride(0);
     const auto order_row = SLMPERF_PICK(order_row<X>);
-    linear::each_row(rows, depth, [&](int64_t row, int64_t stop) {
+    each_row(rows, depth, [&](int64_t row, int64_t stop) {
       for (; row < stop; row++) {
         order_row(from + row * x.stride(0), inputs, depth, wide + row * depth);
       }

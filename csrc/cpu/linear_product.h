@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/each_row.h"
 #include "cpu/linear_args.h"
 #include "cpu/with_element.h"
 
@@ -55,14 +56,6 @@ void each_strip(int64_t outputs, int64_t rows, int64_t depth, const F& f) {
   const int64_t each = std::max<int64_t>(1, rows * depth * kStrip);
   torch::stable::parallel_for(0, ceil_div(outputs, kStrip),
                               std::max<int64_t>(1, kWorthAThread / each), f);
-}
-
-// f(begin, end) for ranges of rows of `columns` numbers.
-template <class F>
-void each_row(int64_t rows, int64_t columns, const F& f) {
-  constexpr int64_t kWorthAThread = 1 << 15;
-  torch::stable::parallel_for(
-      0, rows, std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, columns)), f);
 }
 
 // A call's y and what is added to it.

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/divergence_args.h"
+#include "cpu/each_row.h"
 #include "cpu/with_element.h"
 
 namespace slmperf {
@@ -46,15 +47,6 @@ divergence::Logits<T> view(const Tensor& student, const Tensor* teacher) {
   return {static_cast<const T*>(student.const_data_ptr()),
           teacher ? static_cast<const T*>(teacher->const_data_ptr()) : nullptr, student.stride(0),
           teacher ? teacher->stride(0) : 0, student.size(1)};
-}
-
-// Calls f(begin, end) for ranges of the rows, on one thread or more.
-template <class F>
-void each_row(const Tensor& student, const F& f) {
-  constexpr int64_t worth_a_thread = 1 << 15;  // logits
-  const int64_t grain =
-      std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, student.size(1)));
-  torch::stable::parallel_for(0, student.size(0), grain, f);
 }
 
 }  // namespace slmperf

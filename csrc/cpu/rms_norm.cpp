@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight,
     auto* to = static_cast<char*>(output.result.mutable_data_ptr());
     const auto norm_row = SLMPERF_PICK(norm_row<T>);
     const auto encode_row = SLMPERF_PICK(encode_row<T>);
-    each_row_of(rows, columns, [&](int64_t begin, int64_t end) {
+    each_row(rows, columns, [&](int64_t begin, int64_t end) {
       std::vector<T> made(output.rounded ? columns : 0);
       for (int64_t row = begin; row < end; row++) {
         T* result = output.rounded ? made.data() : reinterpret_cast<T*>(to) + row * columns;
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, std::optional<Tensor> grad_h, T
         grad.stride(0),       grad_h ? grad_h->stride(0) : 0,
         data<float>(inverse), static_cast<T*>(of_h.mutable_data_ptr())};
     const auto gradient_rows = SLMPERF_PICK(gradient_rows<T>);
-    each_row_of(parts, part * columns, [&](int64_t begin, int64_t end) {
+    each_row(parts, part * columns, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         gradient_rows(given, gradients, i * part, std::min(rows, (i + 1) * part),
                       sums.data() + i * columns);

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "check.h"
+#include "cpu/each_row.h"
 
 namespace slmperf {
 
@@ -43,14 +44,6 @@ inline Output new_output(const char* op, const torch::stable::Tensor& x, int64_t
           group,
           groups,
           static_scale ? static_cast<const float*>(static_scale->const_data_ptr()) : nullptr};
-}
-
-// Calls f(begin, end) for ranges of the rows, on one thread or more.
-template <class F>
-void each_row_of(int64_t rows, int64_t columns, const F& f) {
-  constexpr int64_t worth_a_thread = 1 << 15;  // numbers
-  torch::stable::parallel_for(
-      0, rows, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, columns)), f);
 }
 
 }  // namespace slmperf

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(Tensor gate, std::optional<Tensor> up, int64_
     auto* to = static_cast<char*>(output.result.mutable_data_ptr());
     const auto silu_mul_row = SLMPERF_PICK(silu_mul_row<T>);
     const auto encode_row = SLMPERF_PICK(encode_row<T>);
-    each_row_of(pair.rows, columns, [&](int64_t begin, int64_t end) {
+    each_row(pair.rows, columns, [&](int64_t begin, int64_t end) {
       std::vector<T> made(output.rounded ? columns : 0);
       for (int64_t row = begin; row < end; row++) {
         T* result = output.rounded ? made.data() : reinterpret_cast<T*>(to) + row * columns;
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor gate, std::optional<Tens
     auto* to_up = up ? static_cast<T*>(of_up.mutable_data_ptr()) : to_gate + columns;
     const int64_t to_row = up ? columns : 2 * columns;
     const auto gradient_row = SLMPERF_PICK(gradient_row<T>);
-    each_row_of(pair.rows, columns, [&](int64_t begin, int64_t end) {
+    each_row(pair.rows, columns, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
         gradient_row(grads + row * grad.stride(0), gates + row * pair.gate_row,
                      ups + row * pair.up_row, columns, to_gate + row * to_row,
